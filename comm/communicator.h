@@ -1,0 +1,43 @@
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <span>
+#include <string>
+
+#include "comm/control.h"
+#include "kernels/backend.h"
+
+namespace quantmill {
+
+// Rows [begin, end) of something that is split over ranks.
+struct RowRange {
+    std::int64_t begin = 0;
+    std::int64_t end = 0;
+    std::int64_t count() const { return end - begin; }
+    bool empty() const { return begin == end; }
+    friend bool operator==(const RowRange&, const RowRange&) = default;
+};
+
+// Moves tensors between ranks. Collective: all ranks call in the same order with equal shapes.
+// Every result is bit-identical on any number of ranks: sums are over integers only.
+class Communicator {
+public:
+    Communicator() = default;
+    virtual ~Communicator() = default;
+    Communicator(const Communicator&) = delete;
+    Communicator& operator=(const Communicator&) = delete;
+
+    virtual std::string name() const = 0;  // "mpi" or "nccl"
+    virtual void broadcast(TensorView tensor, int root) = 0;
+    virtual void all_sum(TensorView sum) = 0;  // i64, exact
+    // Afterwards every rank holds all rows; rank r brought rows ranges[r], which are disjoint.
+    virtual void all_gather_rows(TensorView tensor, std::span<const RowRange> ranges) = 0;
+};
+
+// kind: "auto" (nccl for a CUDA backend when it is built, else mpi), "nccl" or "mpi" (CUDA tensors are
+// then staged through the host). `control` and `backend` must outlive the communicator.
+std::unique_ptr<Communicator> make_communicator(const std::string& kind, Control& control,
+                                                Backend& backend);
+
+}  // namespace quantmill

@@ -1,0 +1,68 @@
+#pragma once
+
+#include <cstdint>
+#include <filesystem>
+#include <optional>
+#include <string>
+#include <vector>
+
+namespace quantmill {
+
+// What the user wants: plain data, one member a key of the YAML file (docs/job-spec.md). Paths are
+// absolute or relative to the working directory: load_job_spec has resolved those relative to the job file.
+struct OutputSpec {
+    std::filesystem::path directory;
+    std::string format = "gptq";  // gptq | gptq_v2
+    std::uint64_t max_shard_size = 5'000'000'000;
+    std::int64_t tensor_parallel = 1;  // output.serve.tensor_parallel
+    bool allow_unservable = false;
+};
+
+struct CalibrationSpec {
+    std::filesystem::path tokens;
+    std::optional<std::int64_t> sequences;
+    std::optional<std::int64_t> sequence_length;
+    bool allow_tokenizer_mismatch = false;
+};
+
+struct QuantizationSpec {
+    int bits = 4;
+    std::int64_t group_size = 128;  // -1: one group a row
+    bool sym = true;
+    bool desc_act = false;
+    double damp_percent = 0.05;
+    double damp_auto_increment = 0.01;
+    bool true_sequential = true;
+};
+
+struct ComputeSpec {
+    std::string backend = "auto";       // auto | cpu | cuda
+    std::string communicator = "auto";  // auto | nccl | mpi
+};
+
+struct JobSpec {
+    std::filesystem::path model;
+    OutputSpec output;
+    CalibrationSpec calibration;
+    QuantizationSpec quantization;
+    ComputeSpec compute;
+};
+
+// Reads a YAML job file and applies overrides of the form "quantization.bits=3" in order. Throws BadInput
+// with file:line, key, allowed values and the nearest known key for unknown or duplicate keys, wrong types
+// and values out of range; it names our key for keys of GPTQModel and llm-compressor.
+JobSpec load_job_spec(const std::filesystem::path& file, const std::vector<std::string>& overrides);
+
+// The whole spec as YAML that load_job_spec accepts: what a log or report shows of a job.
+std::string to_yaml(const JobSpec& spec);
+
+// One row a key, for --help and for the test that holds docs/job-spec.md against the parser.
+struct JobKey {
+    std::string path;           // "quantization.bits"
+    std::string values;         // "2 | 3 | 4 | 8"
+    std::string default_value;  // "4", or "required"
+    std::string meaning;
+};
+const std::vector<JobKey>& job_keys();
+
+}  // namespace quantmill

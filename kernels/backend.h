@@ -1,0 +1,144 @@
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "kernels/tensor.h"
+
+namespace quantmill {
+
+// Where sequences begin in a batch whose tokens are laid one after the other: sequence i owns
+// tokens [offsets[i], offsets[i + 1]).
+struct Sequences {
+    std::vector<std::int32_t> offsets{0};
+    std::int64_t count() const { return static_cast<std::int64_t>(offsets.size()) - 1; }
+    std::int64_t tokens() const { return offsets.back(); }
+};
+
+struct AttentionOptions {
+    float scale = 1.0F;        // multiplies q·k, usually 1/sqrt(head_dim)
+    std::int64_t window = 0;   // a token sees itself and the window - 1 before it; 0: all before it
+};
+
+// The integer grid of a quantized linear. Codes are 0 … 2^bits − 1; weight = scale · (code − zero).
+struct QuantizationGrid {
+    int bits = 4;
+    std::int64_t group_size = 128;  // columns that share a scale; at least 1, at most the width
+    bool sym = true;                // zero = 2^(bits−1), scale = 2·absmax/(2^bits − 1)
+    std::int64_t groups(std::int64_t columns) const { return (columns + group_size - 1) / group_size; }
+    int max_code() const { return (1 << bits) - 1; }
+};
+
+// Where a solve or a decode puts or finds a quantized linear of R rows, C columns, G groups.
+template <class View>
+struct BasicQuantizedViews {
+    View codes;   // u8  [R, C]
+    View scales;  // f16 [R, G]
+    View zeros;   // u8  [R, G]
+};
+using QuantizedViews = BasicQuantizedViews<TensorView>;
+using ConstQuantizedViews = BasicQuantizedViews<ConstTensorView>;
+
+// Memory of one device and the operations that quantization needs on it. Views must belong to the
+// backend. All numerical shapes come from the job, and an element of a result depends only on its
+// operands, never on the number of threads or on which other rows share the call (docs/design.md,
+// "The same bytes"). Shapes that do not fit throw InternalError; a failed device call throws
+// InfrastructureError with the call, its arguments and the device.
+class Backend {
+public:
+    Backend() = default;
+    virtual ~Backend() = default;
+    Backend(const Backend&) = delete;
+    Backend& operator=(const Backend&) = delete;
+
+    virtual std::string name() const = 0;            // "cpu" or "cuda"
+    virtual std::string description() const = 0;     // hardware and libraries, for the report
+    virtual DType activation_dtype() const = 0;      // f32 on the CPU, bf16 on GPUs
+    virtual std::size_t free_memory() const = 0;     // bytes
+    virtual bool host_memory() const = 0;            // whether the host may dereference views
+
+    // `what` names the allocation in an out-of-memory error. Zero bytes are allowed.
+    virtual void* allocate(std::size_t bytes, const std::string& what) = 0;
+    virtual void deallocate(void* memory) noexcept = 0;
+    Tensor empty(Shape shape, DType dtype, const std::string& what) { return {*this, shape, dtype, what}; }
+
+    // Host memory of source.size_bytes() / destination.size_bytes() bytes.
+    virtual void copy_from_host(const void* source, TensorView destination) = 0;
+    virtual void copy_to_host(ConstTensorView source, void* destination) = 0;
+    virtual void copy(ConstTensorView source, TensorView destination) = 0;  // same dtype and count
+    virtual void zero(TensorView tensor) = 0;
+    // Converts between f32, f16 and bf16, rounding to nearest even.
+    virtual void convert(ConstTensorView source, TensorView destination) = 0;
+    virtual void synchronize() = 0;
+
+    // --- Forward. x, out: activation dtype unless said otherwise; T tokens. ---
+
+    // out[t] = table[ids[t]]; ids is host memory, table [V, C] any float dtype, out [T, C].
+    virtual void embed(std::span<const std::int32_t> ids, ConstTensorView table, TensorView out) = 0;
+    // out = x · rsqrt(mean(x²) + eps) · weight, per row; x, out [T, C], weight f32 [C].
+    virtual void rms_norm(ConstTensorView x, ConstTensorView weight, float eps, TensorView out) = 0;
+    // out = x · weightᵀ + bias; x [T, C], weight [R, C], bias f32 [R] or empty,
+    // out [T, R] (activation dtype, or f32 for logits).
+    virtual void linear(ConstTensorView x, ConstTensorView weight, ConstTensorView bias,
+                        TensorView out) = 0;
+    virtual void add(ConstTensorView x, TensorView accumulated) = 0;  // accumulated += x
+    // Rotates halves (x[i], x[i + D/2]) of each head in place; x [T, H, D], positions restart with
+    // each sequence; cos_sin f32 [2, positions, D/2] holds cosines, then sines.
+    virtual void rope(TensorView x, const Sequences& sequences, ConstTensorView cos_sin) = 0;
+    // Causal grouped-query attention inside each sequence; memory does not grow with T².
+    // q, out [T, H, D], k, v [T, K, D], K divides H.
+    virtual void attention(ConstTensorView q, ConstTensorView k, ConstTensorView v,
+                           const Sequences& sequences, const AttentionOptions& options,
+                           TensorView out) = 0;
+    // out = silu(gate) · up, element by element.
+    virtual void silu_mul(ConstTensorView gate, ConstTensorView up, TensorView out) = 0;
+    // Returns −log softmax(logits[t])[targets[t]] in double precision; logits f32 [T, V].
+    virtual std::vector<double> cross_entropy(ConstTensorView logits,
+                                              std::span<const std::int32_t> targets) = 0;
+
+    // --- Hessians. ---
+
+    // Lower triangle of h += xᵀ·x; x [T, C] activation dtype, h f32 [C, C].
+    virtual void accumulate_hessian(ConstTensorView x, TensorView h) = 0;
+    virtual std::vector<float> read_diagonal(ConstTensorView h) = 0;
+    virtual void write_diagonal(std::span<const float> values, TensorView h) = 0;
+    // sum[i(i+1)/2 + j] += round(h[i, j] · 2^(exponents[i] + exponents[j])), j <= i: fixed point makes
+    // the sum over shards exact, so it does not depend on their order. sum i64 [C(C+1)/2].
+    virtual void add_fixed_point(ConstTensorView h, std::span<const std::int32_t> exponents,
+                                 TensorView sum) = 0;
+    // Lower triangle of h[i, j] = factor · sum[i(i+1)/2 + j] · 2^−(exponents[i] + exponents[j]).
+    virtual void from_fixed_point(ConstTensorView sum, std::span<const std::int32_t> exponents,
+                                  double factor, TensorView h) = 0;
+    // h[i, j] of the result = source[max(p[i], p[j]), min(p[i], p[j])]: rows and columns of a symmetric
+    // matrix, given and returned as a lower triangle, in the order p.
+    virtual void permute_symmetric(ConstTensorView source, std::span<const std::int32_t> order,
+                                   TensorView h) = 0;
+
+    // --- GPTQ (docs/algorithm.md; Babai's nearest plane, arXiv 2507.18553). ---
+
+    // Factors H = R·Rᵀ, R upper, from the lower triangle of h, in place: afterwards
+    // h[i, j] = R_ij / R_jj for i < j and h[j, j] = R_jj; the lower triangle is undefined.
+    // Returns false when H is not numerically positive definite (h is then undefined).
+    [[nodiscard]] virtual bool reverse_cholesky(TensorView h) = 0;
+    // out[r, c] = x[r, order[c]]: columns of a matrix (f32 or u8) in the given order.
+    virtual void permute_columns(ConstTensorView x, std::span<const std::int32_t> order,
+                                 TensorView out) = 0;
+    // Quantizes rows of weights f32 [R, C] with the factor [C, C] of reverse_cholesky; writes codes,
+    // scales and zeros and, per row, loss f32 [R] = Σ_j (target_j − q_j)² R_jj². Group parameters come
+    // from the updated weights S_g and are rounded to fp16 before use.
+    virtual void gptq_solve(ConstTensorView weights, ConstTensorView factor,
+                            const QuantizationGrid& grid, QuantizedViews out, TensorView loss) = 0;
+    // out[r, c] = scales[r, g] · (codes[r, c] − zeros[r, g]), g = g_idx[c]; out [R, C] f32 or activation
+    // dtype.
+    virtual void dequantize(ConstQuantizedViews quantized, std::span<const std::int32_t> g_idx,
+                            TensorView out) = 0;
+    // GPTQ's qweight: 32 consecutive codes of a row fill `bits` words as one LSB-first bit stream.
+    // codes u8 [R, C] <-> packed i32 [C·bits/32, R]; C is a multiple of 32.
+    virtual void pack(ConstTensorView codes, int bits, TensorView packed) = 0;
+    virtual void unpack(ConstTensorView packed, int bits, TensorView codes) = 0;
+};
+
+}  // namespace quantmill

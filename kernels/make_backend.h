@@ -1,0 +1,18 @@
+#pragma once
+
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "kernels/backend.h"
+
+namespace quantmill {
+
+// Names of the backends that this binary holds: "cpu", and "cuda" when it was built with CUDA.
+std::vector<std::string> built_backends();
+
+// kind: "auto" (cuda when it is built and a GPU is visible, else cpu), "cpu" or "cuda". local_rank picks
+// the GPU. Throws BadInput when the backend is not built or no device is visible.
+std::unique_ptr<Backend> make_backend(const std::string& kind, int local_rank);
+
+}  // namespace quantmill
