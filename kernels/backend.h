@@ -19,8 +19,8 @@ struct Sequences {
 };
 
 struct AttentionOptions {
-    float scale = 1.0F;        // multiplies q·k, usually 1/sqrt(head_dim)
-    std::int64_t window = 0;   // a token sees itself and the window - 1 before it; 0: all before it
+    float scale = 1.0F;       // multiplies q·k, usually 1/sqrt(head_dim)
+    std::int64_t window = 0;  // a token sees itself and the window - 1 before it; 0: all before it
 };
 
 // The integer grid of a quantized linear. Codes are 0 … 2^bits − 1; weight = scale · (code − zero).
@@ -31,6 +31,10 @@ struct QuantizationGrid {
     std::int64_t groups(std::int64_t columns) const { return (columns + group_size - 1) / group_size; }
     int max_code() const { return (1 << bits) - 1; }
 };
+
+// gptq_solve works on blocks of this many rows: callers that split a tensor's rows begin their pieces at
+// its multiples and get the same bytes as an unsplit call.
+inline constexpr std::int64_t kSolveRowBlock = 64;
 
 // Where a solve or a decode puts or finds a quantized linear of R rows, C columns, G groups.
 template <class View>
@@ -54,11 +58,12 @@ public:
     Backend(const Backend&) = delete;
     Backend& operator=(const Backend&) = delete;
 
-    virtual std::string name() const = 0;            // "cpu" or "cuda"
-    virtual std::string description() const = 0;     // hardware and libraries, for the report
-    virtual DType activation_dtype() const = 0;      // f32 on the CPU, bf16 on GPUs
-    virtual std::size_t free_memory() const = 0;     // bytes
-    virtual bool host_memory() const = 0;            // whether the host may dereference views
+    virtual std::string name() const = 0;         // "cpu" or "cuda"
+    virtual std::string description() const = 0;  // hardware and libraries, for the report
+    virtual DType activation_dtype() const = 0;   // f32 on the CPU, bf16 on GPUs
+    virtual int threads() const { return 1; }     // host threads it computes with
+    virtual std::size_t free_memory() const = 0;  // bytes
+    virtual bool host_memory() const = 0;         // whether the host may dereference views
 
     // `what` names the allocation in an out-of-memory error. Zero bytes are allowed.
     virtual void* allocate(std::size_t bytes, const std::string& what) = 0;
@@ -82,8 +87,7 @@ public:
     virtual void rms_norm(ConstTensorView x, ConstTensorView weight, float eps, TensorView out) = 0;
     // out = x · weightᵀ + bias; x [T, C], weight [R, C], bias f32 [R] or empty,
     // out [T, R] (activation dtype, or f32 for logits).
-    virtual void linear(ConstTensorView x, ConstTensorView weight, ConstTensorView bias,
-                        TensorView out) = 0;
+    virtual void linear(ConstTensorView x, ConstTensorView weight, ConstTensorView bias, TensorView out) = 0;
     virtual void add(ConstTensorView x, TensorView accumulated) = 0;  // accumulated += x
     // Rotates halves (x[i], x[i + D/2]) of each head in place; x [T, H, D], positions restart with
     // each sequence; cos_sin f32 [2, positions, D/2] holds cosines, then sines.
@@ -91,8 +95,7 @@ public:
     // Causal grouped-query attention inside each sequence; memory does not grow with T².
     // q, out [T, H, D], k, v [T, K, D], K divides H.
     virtual void attention(ConstTensorView q, ConstTensorView k, ConstTensorView v,
-                           const Sequences& sequences, const AttentionOptions& options,
-                           TensorView out) = 0;
+                           const Sequences& sequences, const AttentionOptions& options, TensorView out) = 0;
     // out = silu(gate) · up, element by element.
     virtual void silu_mul(ConstTensorView gate, ConstTensorView up, TensorView out) = 0;
     // Returns −log softmax(logits[t])[targets[t]] in double precision; logits f32 [T, V].
@@ -110,8 +113,8 @@ public:
     virtual void add_fixed_point(ConstTensorView h, std::span<const std::int32_t> exponents,
                                  TensorView sum) = 0;
     // Lower triangle of h[i, j] = factor · sum[i(i+1)/2 + j] · 2^−(exponents[i] + exponents[j]).
-    virtual void from_fixed_point(ConstTensorView sum, std::span<const std::int32_t> exponents,
-                                  double factor, TensorView h) = 0;
+    virtual void from_fixed_point(ConstTensorView sum, std::span<const std::int32_t> exponents, double factor,
+                                  TensorView h) = 0;
     // h[i, j] of the result = source[max(p[i], p[j]), min(p[i], p[j])]: rows and columns of a symmetric
     // matrix, given and returned as a lower triangle, in the order p.
     virtual void permute_symmetric(ConstTensorView source, std::span<const std::int32_t> order,
@@ -124,13 +127,15 @@ public:
     // Returns false when H is not numerically positive definite (h is then undefined).
     [[nodiscard]] virtual bool reverse_cholesky(TensorView h) = 0;
     // out[r, c] = x[r, order[c]]: columns of a matrix (f32 or u8) in the given order.
-    virtual void permute_columns(ConstTensorView x, std::span<const std::int32_t> order,
-                                 TensorView out) = 0;
+    virtual void permute_columns(ConstTensorView x, std::span<const std::int32_t> order, TensorView out) = 0;
+    virtual void zero_columns(std::span<const std::int32_t> columns, TensorView x) = 0;  // x f32 [R, C]
+    // Per row Σ_c (a[r, c] − b[r, c])² in double precision; a, b f32 [R, C].
+    virtual std::vector<double> squared_distance(ConstTensorView a, ConstTensorView b) = 0;
     // Quantizes rows of weights f32 [R, C] with the factor [C, C] of reverse_cholesky; writes codes,
     // scales and zeros and, per row, loss f32 [R] = Σ_j (target_j − q_j)² R_jj². Group parameters come
     // from the updated weights S_g and are rounded to fp16 before use.
-    virtual void gptq_solve(ConstTensorView weights, ConstTensorView factor,
-                            const QuantizationGrid& grid, QuantizedViews out, TensorView loss) = 0;
+    virtual void gptq_solve(ConstTensorView weights, ConstTensorView factor, const QuantizationGrid& grid,
+                            QuantizedViews out, TensorView loss) = 0;
     // out[r, c] = scales[r, g] · (codes[r, c] − zeros[r, g]), g = g_idx[c]; out [R, C] f32 or activation
     // dtype.
     virtual void dequantize(ConstQuantizedViews quantized, std::span<const std::int32_t> g_idx,

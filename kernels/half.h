@@ -37,9 +37,7 @@ inline Half to_half(float value) {
     return {static_cast<std::uint16_t>(sign | (rounded >> 13U))};
 }
 
-inline float to_float(BFloat16 b) {
-    return std::bit_cast<float>(static_cast<std::uint32_t>(b.bits) << 16U);
-}
+inline float to_float(BFloat16 b) { return std::bit_cast<float>(static_cast<std::uint32_t>(b.bits) << 16U); }
 
 // binary32 -> bfloat16, round to nearest even, NaN kept quiet.
 inline BFloat16 to_bfloat16(float value) {

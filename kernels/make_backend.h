@@ -12,7 +12,8 @@ namespace quantmill {
 std::vector<std::string> built_backends();
 
 // kind: "auto" (cuda when it is built and a GPU is visible, else cpu), "cpu" or "cuda". local_rank picks
-// the GPU. Throws BadInput when the backend is not built or no device is visible.
-std::unique_ptr<Backend> make_backend(const std::string& kind, int local_rank);
+// the GPU; the CPU's cores are shared among the host's local_ranks ranks unless OMP_NUM_THREADS is set.
+// Throws BadInput when the backend is not built or no device is visible.
+std::unique_ptr<Backend> make_backend(const std::string& kind, int local_rank, int local_ranks = 1);
 
 }  // namespace quantmill

@@ -1,0 +1,239 @@
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <vector>
+
+#include "kernels/cpu/blas.h"
+#include "kernels/cpu/cpu_backend.h"
+#include "kernels/grid.h"
+#include "kernels/shape_check.h"
+
+namespace quantmill {
+namespace {
+
+constexpr std::int64_t kRows = kSolveRowBlock;  // rows of a block, the lanes of every loop
+constexpr std::int64_t kBlock = 128;            // columns whose earlier errors come in one product
+
+// Operands of a solve. The factor holds C_ij = R_ij / R_jj above and R_jj on its diagonal.
+struct Problem {
+    const float* weights;  // [R, C]
+    const float* factor;   // [C, C]
+    std::int64_t rows;     // R
+    std::int64_t columns;  // C
+    QuantizationGrid grid;
+    std::uint8_t* codes;  // [R, C]
+    Half* scales;         // [R, G]
+    std::uint8_t* zeros;  // [R, G]
+    float* loss;          // [R]
+};
+
+// The grid of one group for every row of a block.
+struct Lanes {
+    float scale[kRows];
+    float zero[kRows];
+};
+
+// Quantizes a column of targets; leaves the error w − q and adds (target − q)² · weight to the loss.
+QUANTMILL_HOT_LOOP void quantize_column(const float* targets, const float* weights, const Lanes& lanes,
+                                        float max_code, double importance, float* errors, std::uint8_t* codes,
+                                        double* loss) {
+    for (std::int64_t r = 0; r < kRows; ++r) {
+        const float code = quantize(targets[r], lanes.scale[r], lanes.zero[r], max_code);
+        const float value = lanes.scale[r] * (code - lanes.zero[r]);
+        const double miss = double{targets[r]} - double{value};
+        codes[r] = static_cast<std::uint8_t>(static_cast<int>(code));
+        errors[r] = weights[r] - value;
+        loss[r] += miss * miss * importance;
+    }
+}
+
+// targets[j] += errors · row[j] for the `count` columns to the right of the errors' column.
+QUANTMILL_HOT_LOOP void feed_forward(const float* errors, const float* row, std::int64_t count,
+                                     float* targets) {
+    for (std::int64_t j = 0; j < count; ++j) {
+        for (std::int64_t r = 0; r < kRows; ++r) targets[j * kRows + r] += errors[r] * row[j];
+    }
+}
+
+// Widens each row's range by weights + pushes of `count` columns.
+QUANTMILL_HOT_LOOP void widen_range(const float* weights, const float* pushes, std::int64_t count, float* low,
+                                    float* high) {
+    for (std::int64_t j = 0; j < count; ++j) {
+        for (std::int64_t r = 0; r < kRows; ++r) {
+            const float updated = weights[j * kRows + r] + pushes[j * kRows + r];
+            low[r] = std::min(low[r], updated);
+            high[r] = std::max(high[r], updated);
+        }
+    }
+}
+
+// Solves one block of 64 rows at a time. Everything is transposed, [column][row], so that rows are the
+// lanes; rows past the tensor's end are zero, so every block runs the same instructions.
+class RowBlockSolver {
+public:
+    explicit RowBlockSolver(const Problem& problem)
+        : p_(problem),
+          errors_(static_cast<std::size_t>(problem.columns * kRows)),
+          weights_(kBlock * kRows),
+          targets_(kBlock * kRows),
+          pushes_(static_cast<std::size_t>(problem.grid.group_size * kRows)),
+          group_weights_(pushes_.size()),
+          codes_(kBlock * kRows) {}
+
+    void solve(std::int64_t first_row) {
+        row_ = first_row;
+        rows_ = std::min(kRows, p_.rows - first_row);
+        std::fill_n(loss_, kRows, 0.0);
+        for (std::int64_t begin = 0; begin < p_.columns; begin += kBlock) {
+            solve_columns(begin, std::min(begin + kBlock, p_.columns));
+        }
+        for (std::int64_t r = 0; r < rows_; ++r) p_.loss[row_ + r] = static_cast<float>(loss_[r]);
+    }
+
+private:
+    // Columns [begin, end), cut where groups end.
+    void solve_columns(std::int64_t begin, std::int64_t end) {
+        const std::int64_t group_size = p_.grid.group_size;
+        load_weights(begin, end, weights_.data());
+        targets_ = weights_;
+        add_errors(0, begin, begin, end, targets_.data());
+        for (std::int64_t column = begin; column < end;) {
+            const std::int64_t group = column / group_size;
+            const std::int64_t group_end = std::min((group + 1) * group_size, p_.columns);
+            const std::int64_t stop = std::min(end, group_end);
+            add_errors(begin, column, column, stop, targets_.data() + (column - begin) * kRows);
+            if (column == group * group_size) choose_grid(begin, end, column, group_end);
+            walk(begin, column, stop);
+            column = stop;
+        }
+        store_codes(begin, end);
+    }
+
+    // Rows of the block, columns [begin, end) -> [column][row].
+    void load_weights(std::int64_t begin, std::int64_t end, float* out) const {
+        for (std::int64_t j = begin; j < end; ++j) {
+            float* lanes = out + (j - begin) * kRows;
+            for (std::int64_t r = 0; r < rows_; ++r) {
+                lanes[r] = p_.weights[(row_ + r) * p_.columns + j];
+            }
+            std::fill(lanes + rows_, lanes + kRows, 0.0F);
+        }
+    }
+
+    // out[j] += Σ errors[i] · C_ij for i in [first, last), j in [begin, end).
+    void add_errors(std::int64_t first, std::int64_t last, std::int64_t begin, std::int64_t end,
+                    float* out) const {
+        if (first == last) return;
+        sgemm(end - begin, kRows, last - first, 1.0F,
+              {p_.factor + first * p_.columns + begin, p_.columns, true},
+              {errors_.data() + first * kRows, kRows}, 1.0F, out, kRows);
+    }
+
+    // Scales and zeros of the group [column, group_end) from its updated weights S = W + Y,
+    // Y = P · (I + triu(C_gg, 1))⁻¹, P = what the errors of earlier columns add to the group.
+    void choose_grid(std::int64_t begin, std::int64_t end, std::int64_t column, std::int64_t group_end) {
+        const std::int64_t width = group_end - column;
+        const float* weights = weights_.data() + (column - begin) * kRows;
+        if (group_end > end) {  // the group goes on in later blocks
+            load_weights(column, group_end, group_weights_.data());
+            weights = group_weights_.data();
+            std::fill_n(pushes_.begin(), width * kRows, 0.0F);
+            add_errors(0, column, column, group_end, pushes_.data());
+        } else {
+            const float* targets = targets_.data() + (column - begin) * kRows;
+            for (std::int64_t i = 0; i < width * kRows; ++i) pushes_[i] = targets[i] - weights[i];
+        }
+        if (column > 0) {
+            cblas_strsm(CblasRowMajor, CblasLeft, CblasUpper, CblasTrans, CblasUnit,
+                        static_cast<blasint>(width), static_cast<blasint>(kRows), 1.0F,
+                        p_.factor + column * p_.columns + column, static_cast<blasint>(p_.columns),
+                        pushes_.data(), static_cast<blasint>(kRows));
+        }
+        float low[kRows] = {};  // a range that includes 0, for symmetric grids too
+        float high[kRows] = {};
+        widen_range(weights, pushes_.data(), width, low, high);
+        store_grid(column / p_.grid.group_size, low, high);
+    }
+
+    void store_grid(std::int64_t group, const float* low, const float* high) {
+        const std::int64_t groups = p_.grid.groups(p_.columns);
+        for (std::int64_t r = 0; r < kRows; ++r) {
+            const GroupParameters parameters = group_parameters(low[r], high[r], p_.grid);
+            lanes_.scale[r] = to_float(parameters.scale);
+            lanes_.zero[r] = static_cast<float>(parameters.zero);
+            if (r >= rows_) continue;
+            p_.scales[(row_ + r) * groups + group] = parameters.scale;
+            p_.zeros[(row_ + r) * groups + group] = static_cast<std::uint8_t>(parameters.zero);
+        }
+    }
+
+    void walk(std::int64_t begin, std::int64_t column, std::int64_t stop) {
+        const auto max_code = static_cast<float>(p_.grid.max_code());
+        for (std::int64_t j = column; j < stop; ++j) {
+            const std::int64_t lanes = (j - begin) * kRows;
+            const float* row = p_.factor + j * p_.columns;
+            const double importance = double{row[j]} * double{row[j]};
+            float* errors = errors_.data() + j * kRows;
+            quantize_column(targets_.data() + lanes, weights_.data() + lanes, lanes_, max_code, importance,
+                            errors, codes_.data() + lanes, loss_);
+            feed_forward(errors, row + j + 1, stop - j - 1, targets_.data() + lanes + kRows);
+        }
+    }
+
+    void store_codes(std::int64_t begin, std::int64_t end) const {
+        for (std::int64_t r = 0; r < rows_; ++r) {
+            std::uint8_t* codes = p_.codes + (row_ + r) * p_.columns;
+            for (std::int64_t j = begin; j < end; ++j) codes[j] = codes_[(j - begin) * kRows + r];
+        }
+    }
+
+    Problem p_;
+    std::int64_t row_ = 0;              // first row of the block
+    std::int64_t rows_ = 0;             // rows of the block that exist
+    std::vector<float> errors_;         // [C][64], (W − Q)ᵀ
+    std::vector<float> weights_;        // [128][64], of the block of columns
+    std::vector<float> targets_;        // [128][64]
+    std::vector<float> pushes_;         // [group][64]
+    std::vector<float> group_weights_;  // [group][64], of a group wider than its block
+    std::vector<std::uint8_t> codes_;   // [128][64]
+    Lanes lanes_{};
+    double loss_[kRows] = {};
+};
+
+bool operands_fit(const ConstTensorView& weights, const ConstTensorView& factor, const QuantizationGrid& grid,
+                  const QuantizedViews& out, const TensorView& loss) {
+    if (weights.shape().rank() != 2 || grid.group_size < 1 || grid.bits < 2 || grid.bits > 8) {
+        return false;
+    }
+    const std::int64_t rows = weights.extent(0);
+    const std::int64_t columns = weights.extent(1);
+    const std::int64_t groups = grid.groups(columns);
+    return weights.dtype() == DType::f32 && is(factor, DType::f32, {columns, columns}) &&
+           is(out.codes, DType::u8, {rows, columns}) && is(out.scales, DType::f16, {rows, groups}) &&
+           is(out.zeros, DType::u8, {rows, groups}) && is(loss, DType::f32, {rows});
+}
+
+}  // namespace
+
+void CpuBackend::gptq_solve(ConstTensorView weights, ConstTensorView factor, const QuantizationGrid& grid,
+                            QuantizedViews out, TensorView loss) {
+    require_operands(operands_fit(weights, factor, grid, out, loss), "gptq_solve",
+                     {weights, factor, out.codes, out.scales, out.zeros, loss});
+    const Problem problem{weights.data<float>(),
+                          factor.data<float>(),
+                          weights.extent(0),
+                          weights.extent(1),
+                          grid,
+                          out.codes.data<std::uint8_t>(),
+                          out.scales.data<Half>(),
+                          out.zeros.data<std::uint8_t>(),
+                          loss.data<float>()};
+#pragma omp parallel
+    {
+        RowBlockSolver solver(problem);
+#pragma omp for schedule(dynamic, 1)
+        for (std::int64_t row = 0; row < problem.rows; row += kRows) solver.solve(row);
+    }
+}
+
+}  // namespace quantmill

@@ -1,0 +1,164 @@
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <utility>
+#include <vector>
+
+#include "kernels/cpu/blas.h"
+#include "kernels/cpu/cpu_backend.h"
+#include "kernels/cpu/tiles.h"
+#include "kernels/shape_check.h"
+
+namespace quantmill {
+namespace {
+
+// One tile of the triangle is one BLAS call; measured by bench_hessian.
+std::int64_t triangle_tile(std::int64_t order) {
+    return even_tile(order, std::clamp<std::int64_t>(order / 4, 288, 512));
+}
+
+// The square matrix's order; throws unless h is f32 [C, C].
+std::int64_t square_order(const ConstTensorView& h, std::string_view operation) {
+    const bool square = h.shape().rank() == 2 && h.extent(0) == h.extent(1);
+    require_operands(square && h.dtype() == DType::f32, operation, {h});
+    return h.extent(0);
+}
+
+void require_length(std::size_t length, std::int64_t order, std::string_view operation) {
+    if (static_cast<std::int64_t>(length) != order) {
+        throw InternalError("{}: {} values for a matrix of order {}", operation, length, order);
+    }
+}
+
+// 2^e for each exponent: multiplying by it is exact and much cheaper than ldexp.
+std::vector<double> powers_of_two(std::span<const std::int32_t> exponents, int sign) {
+    std::vector<double> powers;
+    powers.reserve(exponents.size());
+    for (const std::int32_t exponent : exponents) powers.push_back(std::ldexp(1.0, sign * exponent));
+    return powers;
+}
+
+// Begins of the triangle's tiles, the most expensive (off the diagonal) first so that threads end together.
+std::vector<std::pair<std::int64_t, std::int64_t>> triangle_tiles(std::int64_t order, std::int64_t tile) {
+    std::vector<std::pair<std::int64_t, std::int64_t>> tiles;
+    for (std::int64_t i = 0; i < order; i += tile) {
+        for (std::int64_t j = 0; j < i; j += tile) tiles.emplace_back(i, j);
+    }
+    for (std::int64_t i = 0; i < order; i += tile) tiles.emplace_back(i, i);
+    return tiles;
+}
+
+}  // namespace
+
+void CpuBackend::accumulate_hessian(ConstTensorView x, TensorView h) {
+    const std::int64_t order = square_order(h, "accumulate_hessian");
+    const std::int64_t tokens = x.shape().rank() == 2 ? x.extent(0) : 0;
+    require_operands(is(x, DType::f32, {tokens, order}), "accumulate_hessian", {x, h});
+    if (tokens == 0) return;
+    const auto* x_data = x.data<float>();
+    auto* h_data = h.data<float>();
+    const std::int64_t tile = triangle_tile(order);
+    const auto tiles = triangle_tiles(order, tile);
+
+#pragma omp parallel for schedule(dynamic, 1)
+    for (std::size_t index = 0; index < tiles.size(); ++index) {
+        const auto [i, j] = tiles[index];
+        const std::int64_t m = std::min(tile, order - i);
+        const std::int64_t n = std::min(tile, order - j);
+        float* block = h_data + i * order + j;
+        if (i == j) {
+            const auto size = static_cast<blasint>(n);
+            const auto stride = static_cast<blasint>(order);
+            cblas_ssyrk(CblasRowMajor, CblasLower, CblasTrans, size, static_cast<blasint>(tokens), 1.0F,
+                        x_data + i, stride, 1.0F, block, stride);
+        } else {
+            sgemm(m, n, tokens, 1.0F, {x_data + i, order, true}, {x_data + j, order}, 1.0F, block, order);
+        }
+    }
+}
+
+std::vector<float> CpuBackend::read_diagonal(ConstTensorView h) {
+    const std::int64_t order = square_order(h, "read_diagonal");
+    const auto* h_data = h.data<float>();
+    std::vector<float> values(static_cast<std::size_t>(order));
+    for (std::int64_t i = 0; i < order; ++i) values[i] = h_data[i * order + i];
+    return values;
+}
+
+void CpuBackend::write_diagonal(std::span<const float> values, TensorView h) {
+    const std::int64_t order = square_order(h, "write_diagonal");
+    require_length(values.size(), order, "write_diagonal");
+    auto* h_data = h.data<float>();
+    for (std::int64_t i = 0; i < order; ++i) h_data[i * order + i] = values[i];
+}
+
+void CpuBackend::add_fixed_point(ConstTensorView h, std::span<const std::int32_t> exponents, TensorView sum) {
+    const std::int64_t order = square_order(h, "add_fixed_point");
+    require_length(exponents.size(), order, "add_fixed_point");
+    require_operands(is(sum, DType::i64, {order * (order + 1) / 2}), "add_fixed_point", {h, sum});
+    const std::vector<double> powers = powers_of_two(exponents, 1);
+    const auto* h_data = h.data<float>();
+    auto* sum_data = sum.data<std::int64_t>();
+    std::int64_t misfits = 0;
+
+#pragma omp parallel for schedule(static, 16) reduction(+ : misfits)
+    for (std::int64_t i = 0; i < order; ++i) {
+        std::int64_t* row = sum_data + i * (i + 1) / 2;
+        for (std::int64_t j = 0; j <= i; ++j) {
+            const double value = double{h_data[i * order + j]} * powers[i] * powers[j];
+            const bool fits = std::abs(value) < 0x1p62;  // false for NaN too
+            std::int64_t total = 0;
+            if (fits && !__builtin_add_overflow(row[j], std::llrint(value), &total)) {
+                row[j] = total;
+            } else {
+                ++misfits;
+            }
+        }
+    }
+    if (misfits > 0) {
+        throw InternalError(
+            "add_fixed_point: {} of the Hessian's values are not finite or exceed the "
+            "headroom of the fixed-point scales",
+            misfits);
+    }
+}
+
+void CpuBackend::from_fixed_point(ConstTensorView sum, std::span<const std::int32_t> exponents, double factor,
+                                  TensorView h) {
+    const std::int64_t order = square_order(h, "from_fixed_point");
+    require_length(exponents.size(), order, "from_fixed_point");
+    require_operands(is(sum, DType::i64, {order * (order + 1) / 2}), "from_fixed_point", {sum, h});
+    const std::vector<double> powers = powers_of_two(exponents, -1);
+    const auto* sum_data = sum.data<std::int64_t>();
+    auto* h_data = h.data<float>();
+
+#pragma omp parallel for schedule(static, 16)
+    for (std::int64_t i = 0; i < order; ++i) {
+        const std::int64_t* row = sum_data + i * (i + 1) / 2;
+        for (std::int64_t j = 0; j <= i; ++j) {
+            const double value = factor * static_cast<double>(row[j]) * powers[i] * powers[j];
+            h_data[i * order + j] = static_cast<float>(value);
+        }
+    }
+}
+
+void CpuBackend::permute_symmetric(ConstTensorView source, std::span<const std::int32_t> order,
+                                   TensorView h) {
+    const std::int64_t n = square_order(h, "permute_symmetric");
+    require_length(order.size(), n, "permute_symmetric");
+    require_operands(is(source, DType::f32, {n, n}) && source.bytes() != h.bytes(), "permute_symmetric",
+                     {source, h});
+    const auto* source_data = source.data<float>();
+    auto* h_data = h.data<float>();
+
+#pragma omp parallel for schedule(static, 16)
+    for (std::int64_t i = 0; i < n; ++i) {
+        for (std::int64_t j = 0; j <= i; ++j) {
+            const std::int64_t row = std::max(order[i], order[j]);
+            const std::int64_t column = std::min(order[i], order[j]);
+            h_data[i * n + j] = source_data[row * n + column];
+        }
+    }
+}
+
+}  // namespace quantmill
