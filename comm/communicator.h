@@ -37,7 +37,6 @@ public:
 
 // kind: "auto" (nccl for a CUDA backend when it is built, else mpi), "nccl" or "mpi" (CUDA tensors are
 // then staged through the host). `control` and `backend` must outlive the communicator.
-std::unique_ptr<Communicator> make_communicator(const std::string& kind, Control& control,
-                                                Backend& backend);
+std::unique_ptr<Communicator> make_communicator(const std::string& kind, Control& control, Backend& backend);
 
 }  // namespace quantmill

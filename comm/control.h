@@ -1,5 +1,6 @@
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <memory>
 #include <string>
@@ -10,8 +11,9 @@
 namespace quantmill {
 
 // The ranks of a job and their small host messages. Collective calls must be made by all ranks in
-// the same order, from one thread. Every wait polls a deadline; a rank that waits longer throws
-// InfrastructureError with its host, rank and what it waited for.
+// the same order, from one thread. Every wait polls a deadline (QUANTMILL_TIMEOUT seconds, 6 hours
+// by default); a rank that waits longer throws InfrastructureError with its host, rank and what it
+// waited for.
 class Control {
 public:
     Control() = default;
@@ -41,12 +43,18 @@ public:
     [[noreturn]] virtual void abort(ExitCode code) = 0;
 };
 
-// True when the environment says that mpirun or srun started this process.
+// True when the environment says that mpirun or srun started this process, with peers.
 bool under_launcher();
 
 // A Control over MPI when `use_mpi`, else of a lone process; `use_mpi` initialises MPI, and the last
-// Control to go finalises it. Throws BadInput when the launcher started several lone processes
-// (SLURM_NTASKS or OMPI_COMM_WORLD_SIZE above MPI's world size), naming the --mpi remedy.
-std::unique_ptr<Control> make_control(bool use_mpi);
+// Control to go finalises it, unless an exception is passing: then abort() must end the job.
+// Throws BadInput when the launcher started several processes that do not see each other
+// (OMPI_COMM_WORLD_SIZE, PMI_SIZE or SLURM_STEP_NUM_TASKS above the world size), naming the --mpi
+// remedy. `whole_allocation`: this process should be one rank for each task of a Slurm allocation, so
+// SLURM_NTASKS counts too; false for what runs alone in a batch script (plan, inspect).
+std::unique_ptr<Control> make_control(bool use_mpi, bool whole_allocation = true);
+
+// "Open MPI v4.1.4": the MPI library in use.
+std::string mpi_library();
 
 }  // namespace quantmill

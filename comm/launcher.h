@@ -1,0 +1,24 @@
+#pragma once
+
+#include <optional>
+#include <string>
+
+namespace quantmill {
+
+std::string host_name();
+
+// Seconds that a rank waits for its peers: QUANTMILL_TIMEOUT, 6 hours by default. Throws BadInput when
+// that is not a positive number.
+double wait_timeout();
+
+// How many processes the launcher says it started, and the variable that says so.
+struct LaunchedProcesses {
+    int count = 1;
+    std::string variable;
+};
+std::optional<LaunchedProcesses> launched_processes(bool whole_allocation);
+
+// Throws BadInput with the remedy when the launcher started more processes than the world holds.
+void require_launched_processes_in_world(int world_size, bool whole_allocation);
+
+}  // namespace quantmill
