@@ -9,7 +9,7 @@
 namespace quantmill {
 
 // What the user wants: plain data, one member a key of the YAML file (docs/job-spec.md). Paths are
-// absolute or relative to the working directory: load_job_spec has resolved those relative to the job file.
+// absolute: load_job_spec has resolved those relative to the job file's directory.
 struct OutputSpec {
     std::filesystem::path directory;
     std::string format = "gptq";  // gptq | gptq_v2
@@ -53,15 +53,19 @@ struct JobSpec {
 // and values out of range; it names our key for keys of GPTQModel and llm-compressor.
 JobSpec load_job_spec(const std::filesystem::path& file, const std::vector<std::string>& overrides);
 
+// The same for the text of a job file; `file` is what messages name and relative paths start from.
+JobSpec parse_job_spec(const std::string& text, const std::filesystem::path& file,
+                       const std::vector<std::string>& overrides);
+
 // The whole spec as YAML that load_job_spec accepts: what a log or report shows of a job.
 std::string to_yaml(const JobSpec& spec);
 
-// One row a key, for --help and for the test that holds docs/job-spec.md against the parser.
+// One row a key: drives the parser, --help and the test that holds docs/job-spec.md against both.
 struct JobKey {
     std::string path;           // "quantization.bits"
     std::string values;         // "2 | 3 | 4 | 8"
     std::string default_value;  // "4", or "required"
-    std::string meaning;
+    std::string meaning;        // one line
 };
 const std::vector<JobKey>& job_keys();
 

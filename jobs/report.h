@@ -1,24 +1,31 @@
 #pragma once
 
 #include <cstdint>
+#include <map>
 #include <string>
 #include <vector>
 
 namespace quantmill {
 
-// What became of one linear. Seconds are of its LinearGroup on the slowest rank.
+// What LinearReport::fallback says when plain GPTQ did not do.
+inline constexpr const char* fallback_damping = "damping raised";
+inline constexpr const char* fallback_rounding = "round to nearest";
+
+// What became of one linear. Seconds are of its LinearGroup on the slowest rank, so linears of one block
+// and group show the same numbers; sums must count a group once.
 struct LinearReport {
     std::string module;  // "model.layers.0.self_attn.q_proj"
     int block = 0;
+    std::string group;  // its LinearGroup, "qkv"; empty: a group of its own
     std::int64_t rows = 0, columns = 0;
     int bits = 0;
     std::int64_t group_size = 0;
-    double loss = 0.0;                  // tr((W−Q) H (W−Q)ᵀ)
-    double mean_squared_error = 0.0;    // of the weights
-    std::int64_t tokens = 0;            // seen by its Hessian
-    double damp_percent = 0.0;          // used in the end
+    double loss = 0.0;                // tr((W−Q) H (W−Q)ᵀ)
+    double mean_squared_error = 0.0;  // of the weights
+    std::int64_t tokens = 0;          // seen by its Hessian
+    double damp_percent = 0.0;        // used in the end
     std::int64_t dead_columns = 0;
-    std::string fallback;               // empty, "damping raised" or "round to nearest"
+    std::string fallback;  // empty, fallback_damping or fallback_rounding
     double forward_seconds = 0.0, hessian_seconds = 0.0, factor_seconds = 0.0, solve_seconds = 0.0,
            io_seconds = 0.0;
 };
@@ -26,16 +33,31 @@ struct LinearReport {
 // Everything that a finished job tells; report.json holds all of it.
 struct Report {
     std::string version, backend, communicator, model, family, job_yaml;
+    std::map<std::string, std::string> libraries;  // name → version: the same bytes come from the same ones
+    std::vector<std::string> devices;              // a rank each: "gpu01: NVIDIA H200"
     int world_size = 1;
     int threads = 1;
     std::int64_t sequences = 0, tokens = 0;
-    std::uint64_t source_bytes = 0, output_bytes = 0;
+    std::int64_t parameters = 0;                       // of the whole model
+    std::uint64_t source_bytes = 0, output_bytes = 0;  // of all tensors
     double seconds = 0.0;
     std::vector<LinearReport> linears;
+    std::vector<std::string> warnings;
 };
 
-std::string to_csv(const Report& report);      // quantize_log.csv
-std::string to_json(const Report& report);     // report.json
+// What went otherwise than planned, over all linears.
+struct FallbackTotals {
+    std::int64_t damping_raised = 0, rounded_to_nearest = 0;  // linears
+    double largest_damp_percent = 0.0;
+    std::int64_t dead_columns = 0;  // of all groups
+};
+FallbackTotals count_fallbacks(const Report& report);
+
+// Bits that qweight, scales, qzeros and g_idx take for each weight of the quantized linears.
+double bits_per_weight(const std::vector<LinearReport>& linears);
+
+std::string to_csv(const Report& report);         // quantize_log.csv: a header, then a line a linear
+std::string to_json(const Report& report);        // report.json
 std::string summary_table(const Report& report);  // what the terminal shows at the end
 
 }  // namespace quantmill

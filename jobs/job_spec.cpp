@@ -1,0 +1,539 @@
+#include "jobs/job_spec.h"
+
+#include <fmt/format.h>
+#include <yaml-cpp/eventhandler.h>
+#include <yaml-cpp/yaml.h>
+
+#include <algorithm>
+#include <charconv>
+#include <cmath>
+#include <fstream>
+#include <functional>
+#include <iterator>
+#include <map>
+#include <sstream>
+#include <string_view>
+#include <utility>
+
+#include "jobs/foreign_keys.h"
+#include "jobs/text.h"
+#include "kernels/error.h"
+
+namespace quantmill {
+
+namespace {
+
+constexpr std::string_view minimal_job =
+    "model: models/Meta-Llama-3-8B        # a Hugging Face checkpoint directory\n"
+    "output:\n"
+    "  directory: out/Meta-Llama-3-8B-W4g128\n"
+    "calibration:\n"
+    "  tokens: calib.h5                   # written by tools/calibrate.py\n";
+
+// A scalar as the user wrote it, with all that a message about it needs.
+struct Value {
+    std::string where;  // "job.yaml:12" or "--set quantization.bits=5"
+    std::string key;
+    std::string text;
+    bool quoted = false;
+    std::string allowed;              // JobKey::values
+    std::filesystem::path directory;  // of the job file
+
+    [[noreturn]] void refuse(std::string_view reason) const {
+        throw BadInput("{}: {}: {} {} ({})", where, key, quoted ? '"' + text + '"' : text, reason, allowed);
+    }
+};
+
+// How a type of value is read and written; `values` says what is allowed.
+template <class T>
+struct Kind {
+    std::string values;
+    std::function<T(const Value&)> read;
+    std::function<std::string(const T&)> write;
+};
+
+template <class Number>
+Number read_number(const Value& value, std::string_view what) {
+    Number number{};
+    const char* end = value.text.data() + value.text.size();
+    const auto [rest, error] = std::from_chars(value.text.data(), end, number);
+    if (value.quoted) value.refuse("is text: write the number without quotes");
+    if (error == std::errc::result_out_of_range) value.refuse("is not allowed");
+    if (error != std::errc{} || rest != end) value.refuse(fmt::format("is not {}", what));
+    return number;
+}
+
+// "." components and a trailing slash go, and ".." with what stands before it, unless that is a symbolic
+// link: the file system would then go up from where the link leads.
+std::filesystem::path tidy(const std::filesystem::path& path) {
+    std::filesystem::path result;
+    for (const auto& part : path) {
+        std::error_code unreadable;
+        if (part == ".." && !std::filesystem::is_symlink(result, unreadable))
+            result = result.parent_path();
+        else if (!part.empty() && part != ".")
+            result /= part;
+    }
+    return result;
+}
+
+Kind<std::filesystem::path> path_kind() {
+    const auto read = [](const Value& value) {
+        if (value.text.starts_with('~'))
+            value.refuse("starts with ~, which is not expanded: write the whole path");
+        return tidy(std::filesystem::absolute(value.directory / value.text));
+    };
+    return {"path", read, [](const std::filesystem::path& path) { return path.string(); }};
+}
+
+Kind<std::string> word_kind(std::vector<std::string> words) {
+    const auto read = [words](const Value& value) {
+        if (std::ranges::find(words, value.text) == words.end()) value.refuse("is not allowed");
+        return value.text;
+    };
+    return {fmt::format("{}", fmt::join(words, " | ")), read, [](const std::string& word) { return word; }};
+}
+
+Kind<bool> bool_kind() {
+    const auto read = [](const Value& value) {
+        if (value.quoted || (value.text != "true" && value.text != "false")) value.refuse("is not allowed");
+        return value.text == "true";
+    };
+    return {"true | false", read, [](bool flag) { return std::string(flag ? "true" : "false"); }};
+}
+
+template <class Integer>
+Kind<Integer> one_of_kind(std::vector<Integer> numbers) {
+    const auto read = [numbers](const Value& value) {
+        const auto number = read_number<Integer>(value, "a whole number");
+        if (std::ranges::find(numbers, number) == numbers.end()) value.refuse("is not allowed");
+        return number;
+    };
+    return {fmt::format("{}", fmt::join(numbers, " | ")), read,
+            [](Integer number) { return std::to_string(number); }};
+}
+
+std::int64_t read_count(const Value& value) {
+    const auto count = read_number<std::int64_t>(value, "a whole number");
+    if (count < 1) value.refuse("is not allowed");
+    return count;
+}
+
+Kind<std::int64_t> count_kind() {
+    return {"whole number >= 1", read_count, [](std::int64_t count) { return std::to_string(count); }};
+}
+
+// A count, or a word that stands for what the calibration store holds.
+Kind<std::optional<std::int64_t>> count_or_kind(const std::string& word) {
+    const auto read = [word](const Value& value) -> std::optional<std::int64_t> {
+        if (value.text == word) return std::nullopt;
+        return read_count(value);
+    };
+    return {"whole number >= 1 | " + word, read, [word](const std::optional<std::int64_t>& count) {
+                return count ? std::to_string(*count) : word;
+            }};
+}
+
+Kind<double> fraction_kind() {
+    const auto read = [](const Value& value) {
+        const auto number = read_number<double>(value, "a number");
+        if (!std::isfinite(number)) value.refuse("is not a finite number");
+        if (number <= 0.0 || number >= 1.0) value.refuse("is not allowed");
+        return number;
+    };
+    return {"number > 0 and < 1", read, [](double number) { return fmt::format("{}", number); }};
+}
+
+struct Unit {
+    std::string_view name;
+    std::uint64_t bytes;
+};
+constexpr Unit units[] = {{"TB", 1'000'000'000'000},
+                          {"GB", 1'000'000'000},
+                          {"MB", 1'000'000},
+                          {"kB", 1'000},
+                          {"KB", 1'000},
+                          {"TiB", 1ULL << 40},
+                          {"GiB", 1ULL << 30},
+                          {"MiB", 1ULL << 20},
+                          {"KiB", 1ULL << 10},
+                          {"kiB", 1ULL << 10},
+                          {"B", 1},
+                          {"", 1}};
+
+std::uint64_t read_size(const Value& value) {
+    const char* end = value.text.data() + value.text.size();
+    double number = 0.0;
+    const auto [rest, error] = std::from_chars(value.text.data(), end, number, std::chars_format::fixed);
+    std::string_view name(rest, end);
+    if (name.starts_with(' ')) name.remove_prefix(1);
+    const auto unit = std::ranges::find(units, name, &Unit::name);
+    if (error != std::errc{} || unit == std::end(units) || !std::isfinite(number))
+        value.refuse("is not a size");
+    const double bytes = number * static_cast<double>(unit->bytes);
+    constexpr double largest = 1e15;  // a petabyte; doubles count single bytes up to 9e15
+    if (bytes < 1000.0 || bytes > largest) value.refuse("is not allowed");
+    return static_cast<std::uint64_t>(std::llround(bytes));
+}
+
+std::string write_size(std::uint64_t bytes) {
+    const auto unit = std::ranges::find_if(units, [bytes](const Unit& u) { return bytes % u.bytes == 0; });
+    return fmt::format("{}{}", bytes / unit->bytes, unit->name == "B" ? "" : unit->name);
+}
+
+Kind<std::uint64_t> size_kind() {
+    return {"size such as 5GB, 500MB, 2GiB or bytes, >= 1kB", read_size, write_size};
+}
+
+struct Row {
+    JobKey key;
+    std::function<void(JobSpec&, const Value&)> read;
+    std::function<std::string(const JobSpec&)> write;
+};
+
+// `member` maps a JobSpec, const or not, to the member that holds the key.
+template <class T, class Member>
+Row row(std::string path, Kind<T> kind, std::string meaning, Member member) {
+    const JobSpec defaults;
+    return {{std::move(path), kind.values, kind.write(member(defaults)), std::move(meaning)},
+            [kind, member](JobSpec& spec, const Value& value) { member(spec) = kind.read(value); },
+            [kind, member](const JobSpec& spec) { return kind.write(member(spec)); }};
+}
+
+Row required(Row row) {
+    row.key.default_value = "required";
+    return row;
+}
+
+std::vector<Row> output_rows() {
+    return {
+        required(row("model", path_kind(), "Hugging Face checkpoint directory",
+                     [](auto& s) -> auto& { return s.model; })),
+        required(row("output.directory", path_kind(), "where the quantized checkpoint goes",
+                     [](auto& s) -> auto& { return s.output.directory; })),
+        row("output.format", word_kind({"gptq", "gptq_v2"}), "how zero points are stored",
+            [](auto& s) -> auto& { return s.output.format; }),
+        row("output.max_shard_size", size_kind(), "largest safetensors file",
+            [](auto& s) -> auto& { return s.output.max_shard_size; }),
+        row("output.serve.tensor_parallel", count_kind(), "GPUs that will share the model when it is served",
+            [](auto& s) -> auto& { return s.output.tensor_parallel; }),
+        row("output.allow_unservable", bool_kind(), "quantize although common servers cannot load the result",
+            [](auto& s) -> auto& { return s.output.allow_unservable; }),
+    };
+}
+
+std::vector<Row> calibration_rows() {
+    return {
+        required(row("calibration.tokens", path_kind(),
+                     "HDF5 store of token sequences, from tools/calibrate.py",
+                     [](auto& s) -> auto& { return s.calibration.tokens; })),
+        row("calibration.sequences", count_or_kind("all"), "use the first that many sequences",
+            [](auto& s) -> auto& { return s.calibration.sequences; }),
+        row("calibration.sequence_length", count_or_kind("store"), "cut longer sequences to this many tokens",
+            [](auto& s) -> auto& { return s.calibration.sequence_length; }),
+        row("calibration.allow_tokenizer_mismatch", bool_kind(), "accept a store made with another tokenizer",
+            [](auto& s) -> auto& { return s.calibration.allow_tokenizer_mismatch; }),
+    };
+}
+
+std::vector<Row> quantization_rows() {
+    return {
+        row("quantization.bits", one_of_kind<int>({2, 3, 4, 8}), "bits a weight",
+            [](auto& s) -> auto& { return s.quantization.bits; }),
+        row("quantization.group_size", one_of_kind<std::int64_t>({-1, 16, 32, 64, 128, 256, 512, 1024}),
+            "weights of a row that share one scale; -1: the whole row",
+            [](auto& s) -> auto& { return s.quantization.group_size; }),
+        row("quantization.sym", bool_kind(), "zero point in the middle of the range",
+            [](auto& s) -> auto& { return s.quantization.sym; }),
+        row("quantization.desc_act", bool_kind(), "columns with large activations first (act-order)",
+            [](auto& s) -> auto& { return s.quantization.desc_act; }),
+        row("quantization.damp_percent", fraction_kind(),
+            "damping, as a share of the Hessian's mean diagonal",
+            [](auto& s) -> auto& { return s.quantization.damp_percent; }),
+        row("quantization.damp_auto_increment", fraction_kind(),
+            "added to the damping when a factorization fails",
+            [](auto& s) -> auto& { return s.quantization.damp_auto_increment; }),
+        row("quantization.true_sequential", bool_kind(),
+            "later linears of a block see the error of earlier ones",
+            [](auto& s) -> auto& { return s.quantization.true_sequential; }),
+    };
+}
+
+std::vector<Row> compute_rows() {
+    return {
+        row("compute.backend", word_kind({"auto", "cpu", "cuda"}), "what computes",
+            [](auto& s) -> auto& { return s.compute.backend; }),
+        row("compute.communicator", word_kind({"auto", "mpi", "nccl"}), "what carries tensors between ranks",
+            [](auto& s) -> auto& { return s.compute.communicator; }),
+    };
+}
+
+// Every key, in the order in which help and YAML show them.
+const std::vector<Row>& rows() {
+    static const std::vector<Row> table = [] {
+        std::vector<Row> all;
+        for (const auto& part : {output_rows(), calibration_rows(), quantization_rows(), compute_rows()})
+            all.insert(all.end(), part.begin(), part.end());
+        return all;
+    }();
+    return table;
+}
+
+const Row* find_row(const std::string& path) {
+    const auto found = std::ranges::find(rows(), path, [](const Row& row) { return row.key.path; });
+    return found == rows().end() ? nullptr : &*found;
+}
+
+std::string parent_of(const std::string& path) {
+    const auto dot = path.rfind('.');
+    return dot == std::string::npos ? "" : path.substr(0, dot);
+}
+
+std::string name_of(const std::string& path) { return path.substr(path.rfind('.') + 1); }
+
+// "output", "output.serve", … : every proper prefix of a key.
+const std::vector<std::string>& sections() {
+    static const std::vector<std::string> table = [] {
+        std::vector<std::string> names;
+        for (const auto& row : rows())
+            for (auto name = parent_of(row.key.path); !name.empty(); name = parent_of(name))
+                if (std::ranges::find(names, name) == names.end()) names.push_back(name);
+        return names;
+    }();
+    return table;
+}
+
+bool is_section(const std::string& path) { return std::ranges::find(sections(), path) != sections().end(); }
+
+// Names that may stand directly below `section` ("" is the top).
+std::vector<std::string> names_in(const std::string& section) {
+    std::vector<std::string> names;
+    const auto add = [&](const std::string& path) {
+        const auto name = name_of(path);
+        if (parent_of(path) == section && std::ranges::find(names, name) == names.end())
+            names.push_back(name);
+    };
+    for (const auto& row : rows()) {
+        add(row.key.path);
+        if (const auto parent = parent_of(row.key.path); !parent.empty()) add(parent);
+    }
+    return names;
+}
+
+// The known key or section that was probably meant: alike in its last word, in the same section if possible.
+std::optional<std::string> nearest_key(const std::string& path) {
+    std::vector<std::string> known = sections();
+    for (const auto& row : rows()) known.push_back(row.key.path);
+    const auto cost = [&path](const std::string& candidate) {
+        return std::pair(edit_distance(name_of(path), name_of(candidate)),
+                         edit_distance(parent_of(path), parent_of(candidate)));
+    };
+    const auto nearest = std::ranges::min_element(known, {}, cost);
+    if (!looks_like(name_of(path), name_of(*nearest))) return std::nullopt;
+    return *nearest;
+}
+
+[[noreturn]] void refuse_unknown(const std::string& where, const std::string& path) {
+    if (const auto advice = advice_for_foreign_key(path))
+        throw BadInput("{}: {}: unknown key; {}", where, path, *advice);
+    const auto nearest = nearest_key(path);
+    const auto section = is_section(parent_of(path)) ? parent_of(path) : "";
+    throw BadInput("{}: {}: unknown key; {}{} has {}", where, path,
+                   nearest ? fmt::format("did you mean {}? ", *nearest) : "",
+                   section.empty() ? "a job file" : section, list_text(names_in(section)));
+}
+
+// Remembers where each YAML document of a text begins, and nothing else.
+class DocumentStarts : public YAML::EventHandler {
+public:
+    std::vector<YAML::Mark> marks;
+
+    void OnDocumentStart(const YAML::Mark& mark) override { marks.push_back(mark); }
+    void OnDocumentEnd() override {}
+    void OnNull(const YAML::Mark&, YAML::anchor_t) override {}
+    void OnAlias(const YAML::Mark&, YAML::anchor_t) override {}
+    void OnScalar(const YAML::Mark&, const std::string&, YAML::anchor_t, const std::string&) override {}
+    void OnSequenceStart(const YAML::Mark&, const std::string&, YAML::anchor_t,
+                         YAML::EmitterStyle::value) override {}
+    void OnSequenceEnd() override {}
+    void OnMapStart(const YAML::Mark&, const std::string&, YAML::anchor_t,
+                    YAML::EmitterStyle::value) override {}
+    void OnMapEnd() override {}
+};
+
+// YAML::Load reads one document and is silent about what follows; YAML::LoadAll never returns when a
+// document begins with a comma. Throws YAML::ParserException where a second document begins.
+YAML::Node load_single_document(const std::string& text) {
+    std::istringstream stream(text);
+    YAML::Parser parser(stream);
+    DocumentStarts starts;
+    if (parser.HandleNextDocument(starts) && parser.HandleNextDocument(starts))
+        throw YAML::ParserException(
+            starts.marks.back(), "this does not belong to what stands before it, and a job is one document");
+    return YAML::Load(text);
+}
+
+// Walks one job file: fills `spec`, remembers where each key stands.
+class FileReader {
+public:
+    FileReader(JobSpec& spec, const std::filesystem::path& file) : spec_(spec), file_(file) {}
+
+    void read(const std::string& text) {
+        const YAML::Node root = parse(text);
+        if (root.IsNull())
+            throw BadInput("{}: is empty; a job needs at least\n\n{}", file_.string(), minimal_job);
+        if (!root.IsMap())
+            throw BadInput("{}: holds no keys; a job needs at least\n\n{}", where(root), minimal_job);
+        read_section(root, "");
+    }
+
+    const std::map<std::string, std::string>& places() const { return places_; }
+
+private:
+    YAML::Node parse(const std::string& text) const try {
+        return load_single_document(text);
+    } catch (const YAML::Exception& error) {
+        throw BadInput("{}:{}:{}: is not YAML: {}", file_.string(), error.mark.line + 1,
+                       error.mark.column + 1, error.msg);
+    }
+
+    std::string where(const YAML::Node& node) const {
+        return fmt::format("{}:{}", file_.string(), node.Mark().line + 1);
+    }
+
+    void read_section(const YAML::Node& map, const std::string& section) {
+        // Iteration shows a key as often as the file has it; YAML::Node's own look-up would hide doubles.
+        for (const auto& entry : map) {
+            const auto place = where(entry.first);
+            if (!entry.first.IsScalar()) throw BadInput("{}: a key must be a plain word", place);
+            const std::string& name = entry.first.Scalar();
+            const auto path = section.empty() ? name : section + '.' + name;
+            if (name.find('.') != std::string::npos)
+                throw BadInput(
+                    "{}: {}: only --set joins names with dots; in a file write {}: and, below it "
+                    "and indented, the rest",
+                    place, path, path.substr(0, path.find('.')));
+            if (const auto [first, is_new] = places_.emplace(path, place); !is_new)
+                throw BadInput("{}: {}: is here a second time; the first is at {}", place, path,
+                               first->second);
+            read_entry(entry.second, path, place);
+        }
+    }
+
+    void read_entry(const YAML::Node& node, const std::string& path, const std::string& place) {
+        if (is_section(path)) {
+            if (node.IsNull()) return;  // every key of it is commented out
+            if (!node.IsMap())
+                throw BadInput("{}: {}: must hold keys below it: {}", place, path, list_text(names_in(path)));
+            return read_section(node, path);
+        }
+        const Row* row = find_row(path);
+        if (row == nullptr) refuse_unknown(place, path);
+        if (node.IsNull() || (node.IsScalar() && node.Scalar().empty()))
+            throw BadInput("{}: {}: has no value ({})", place, path, row->key.values);
+        if (!node.IsScalar())
+            throw BadInput("{}: {}: must be one value, not a {} ({})", place, path,
+                           node.IsMap() ? "map" : "list", row->key.values);
+        row->read(spec_,
+                  {place, path, node.Scalar(), node.Tag() == "!", row->key.values, file_.parent_path()});
+    }
+
+    JobSpec& spec_;
+    const std::filesystem::path& file_;
+    std::map<std::string, std::string> places_;  // key or section → "job.yaml:12"
+};
+
+// Applies "quantization.bits=3" and returns its key.
+std::string apply_override(const std::string& text, JobSpec& spec, const std::filesystem::path& directory) {
+    const auto where = "--set " + text;
+    const auto equals = text.find('=');
+    if (equals == std::string::npos || equals == 0)
+        throw BadInput("{}: write --set KEY=VALUE, for example --set quantization.bits=3", where);
+    const auto path = text.substr(0, equals);
+    if (is_section(path))
+        throw BadInput("{}: {} is a section; name a key of it: {}", where, path, list_text(names_in(path)));
+    const Row* row = find_row(path);
+    if (row == nullptr) refuse_unknown(where, path);
+    const auto value = text.substr(equals + 1);
+    if (value.empty()) throw BadInput("{}: {}: has no value ({})", where, path, row->key.values);
+    row->read(spec, {where, path, value, false, row->key.values, directory});
+    return path;
+}
+
+using Places = std::map<std::string, std::string>;
+
+void require_keys(const Places& places, const std::filesystem::path& file) {
+    std::vector<std::string> missing;
+    for (const auto& row : rows())
+        if (row.key.default_value == "required" && !places.contains(row.key.path))
+            missing.push_back(row.key.path);
+    if (!missing.empty())
+        throw BadInput("{}: {} {} missing; a job needs at least\n\n{}", file.string(), list_text(missing),
+                       missing.size() == 1 ? "is" : "are", minimal_job);
+}
+
+// What no key can refuse by itself.
+void require_consistent(const JobSpec& spec, const Places& places) {
+    if (!spec.quantization.sym && spec.output.format == "gptq")
+        throw BadInput(
+            "{}: quantization.sym: false needs output.format: gptq_v2 (gptq stores zero points "
+            "minus one, and an asymmetric zero point of 0 then garbles its neighbours in some "
+            "readers)",
+            places.at("quantization.sym"));
+    if (spec.compute.backend == "cpu" && spec.compute.communicator == "nccl")
+        throw BadInput("{}: compute.communicator: nccl needs GPUs, but compute.backend is cpu (auto | mpi)",
+                       places.at("compute.communicator"));
+}
+
+std::string read_file(const std::filesystem::path& file) {
+    if (std::filesystem::is_directory(file))
+        throw BadInput("{}: is a directory; name the job file in it", file.string());
+    std::ifstream stream(file, std::ios::binary);
+    if (!stream) throw BadInput("{}: cannot be opened; does the job file exist?", file.string());
+    std::ostringstream text;
+    text << stream.rdbuf();
+    return text.str();
+}
+
+}  // namespace
+
+JobSpec parse_job_spec(const std::string& text, const std::filesystem::path& file,
+                       const std::vector<std::string>& overrides) {
+    JobSpec spec;
+    FileReader reader(spec, file);
+    reader.read(text);
+    auto places = reader.places();
+    for (const auto& override : overrides)
+        places[apply_override(override, spec, file.parent_path())] = "--set " + override;
+    require_keys(places, file);
+    require_consistent(spec, places);
+    return spec;
+}
+
+JobSpec load_job_spec(const std::filesystem::path& file, const std::vector<std::string>& overrides) {
+    return parse_job_spec(read_file(file), file, overrides);
+}
+
+std::string to_yaml(const JobSpec& spec) {
+    YAML::Node root(YAML::NodeType::Map);
+    for (const auto& row : rows()) {
+        YAML::Node section = root;
+        std::istringstream path(parent_of(row.key.path));
+        for (std::string name; std::getline(path, name, '.');) section.reset(section[name]);
+        section[name_of(row.key.path)] = row.write(spec);
+    }
+    YAML::Emitter emitter;
+    emitter << root;
+    return std::string(emitter.c_str()) + '\n';
+}
+
+const std::vector<JobKey>& job_keys() {
+    static const std::vector<JobKey> keys = [] {
+        std::vector<JobKey> result;
+        for (const auto& row : rows()) result.push_back(row.key);
+        return result;
+    }();
+    return keys;
+}
+
+}  // namespace quantmill

@@ -1,0 +1,218 @@
+#include "jobs/plan.h"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <numeric>
+
+#include "jobs/text.h"
+
+namespace quantmill {
+
+namespace {
+
+constexpr int indent = 15;  // the column in which values begin
+
+// Appends "Model          llama …": the label once, later lines of the same value below its first.
+void add_lines(std::string& text, const std::string& label, const std::vector<std::string>& lines) {
+    for (std::size_t i = 0; i < lines.size(); ++i)
+        text += fmt::format("{:<{}}{}\n", i == 0 ? label : "", indent, lines[i]);
+}
+
+void add_model(std::string& text, const PlannedModel& model) {
+    add_lines(
+        text, "Model",
+        {fmt::format("{}: {} ({}), {} blocks", model.name, model.family, model.architecture, model.blocks),
+         fmt::format("{} parameters, {} {} in {} file{}", count_text(model.parameters),
+                     bytes_text(model.bytes), model.dtype, model.files, model.files == 1 ? "" : "s")});
+}
+
+void add_quantization(std::string& text, const PlannedQuantization& quantization,
+                      std::int64_t model_parameters) {
+    const double share = 100.0 * static_cast<double>(quantization.parameters) /
+                         static_cast<double>(std::max<std::int64_t>(model_parameters, 1));
+    add_lines(
+        text, "Quantization",
+        {quantization.scheme, fmt::format("{} linears: {} of the parameters ({:.0f}%)", quantization.linears,
+                                          count_text(quantization.parameters), share)});
+    std::vector<std::vector<std::string>> rows;
+    for (const auto& group : quantization.groups)
+        rows.push_back(
+            {group.name, fmt::format("{} x {}", group.rows, group.columns), list_text(group.linears)});
+    text += table_text(rows, "lrl", indent);
+    if (!quantization.left_alone.empty())
+        add_lines(text, "", {"left alone: " + list_text(quantization.left_alone)});
+}
+
+void add_calibration(std::string& text, const PlannedCalibration& calibration) {
+    add_lines(text, "Calibration",
+              {calibration.tokens,
+               fmt::format("{} sequences of up to {} tokens, {} tokens in all", calibration.sequences,
+                           calibration.longest, count_text(calibration.token_count)),
+               fmt::format("{} shards, {} micro-batches", calibration.shards, calibration.micro_batches)});
+}
+
+void add_output(std::string& text, const Plan& plan) {
+    const auto bytes = std::accumulate(plan.files.begin(), plan.files.end(), std::uint64_t{0},
+                                       [](auto sum, const auto& file) { return sum + file.bytes; });
+    add_lines(
+        text, "Output",
+        {fmt::format("{} ({})", plan.output_directory, plan.output_format),
+         fmt::format("{} in {} file{}, {:.1f}% of the model's size", bytes_text(bytes), plan.files.size(),
+                     plan.files.size() == 1 ? "" : "s",
+                     100.0 * static_cast<double>(bytes) /
+                         static_cast<double>(std::max<std::uint64_t>(plan.model.bytes, 1))),
+         fmt::format("disk: {} needed, {} free", bytes_text(plan.disk_needed), bytes_text(plan.disk_free))});
+}
+
+// Ranks of which all cells but the indices read the same.
+struct Fold {
+    std::vector<const PlannedRank*> ranks;
+    std::vector<std::string> cells;  // rows…, memory, free
+};
+
+std::vector<std::string> comparable_cells(const PlannedRank& rank) {
+    std::vector<std::string> cells;
+    for (const auto rows : rank.rows) cells.push_back(std::to_string(rows));
+    cells.push_back(bytes_text(total_memory(rank)));
+    cells.push_back(bytes_text(rank.free_memory));
+    return cells;
+}
+
+std::vector<Fold> fold_ranks(const std::vector<PlannedRank>& ranks) {
+    std::vector<Fold> folds;
+    for (const auto& rank : ranks) {
+        const auto cells = comparable_cells(rank);
+        const auto alike = std::ranges::find_if(folds, [&](const Fold& fold) {
+            const auto& first = *fold.ranks.front();
+            return fold.cells == cells && first.sequences == rank.sequences &&
+                   first.shards.size() == rank.shards.size() &&
+                   first.output_files.size() == rank.output_files.size();
+        });
+        if (alike == folds.end())
+            folds.push_back({{&rank}, cells});
+        else
+            alike->ranks.push_back(&rank);
+    }
+    return folds;
+}
+
+// "0-1" for one rank, "2-15 (2 each)" for several that hold two each; `first` is the number shown for index
+// 0.
+std::string owned_text(const Fold& fold, std::vector<std::int64_t> PlannedRank::* member, int first) {
+    std::vector<std::int64_t> all;
+    for (const auto* rank : fold.ranks)
+        for (const auto index : rank->*member) all.push_back(index + first);
+    auto text = spans_text(all);
+    if (fold.ranks.size() > 1 && !all.empty())
+        text += fmt::format(" ({} each)", (fold.ranks.front()->*member).size());
+    return text;
+}
+
+std::string hosts_text(const Fold& fold) {
+    std::vector<std::string> hosts;
+    for (const auto* rank : fold.ranks)
+        if (std::ranges::find(hosts, rank->host) == hosts.end()) hosts.push_back(rank->host);
+    if (hosts.size() <= 2) return list_text(hosts);
+    return fmt::format("{} … {} ({} hosts)", hosts.front(), hosts.back(), hosts.size());
+}
+
+void add_placement(std::string& text, const Plan& plan) {
+    std::vector<std::string> header = {"rank", "host", "sequences", "shards"};
+    std::string alignments = "llrl";
+    for (const auto& group : plan.quantization.groups) {
+        header.push_back(group.name + " rows");
+        alignments += 'r';
+    }
+    for (const auto* name : {"memory", "free"}) header.emplace_back(name);
+    header.emplace_back("files");
+    alignments += "rrl";
+
+    std::vector<std::vector<std::string>> rows = {header};
+    for (const auto& fold : fold_ranks(plan.ranks)) {
+        std::vector<std::int64_t> numbers;
+        for (const auto* rank : fold.ranks) numbers.push_back(rank->rank);
+        const auto sequences =
+            fmt::format("{}{}", fold.ranks.front()->sequences, fold.ranks.size() > 1 ? " each" : "");
+        std::vector<std::string> row = {spans_text(numbers), hosts_text(fold), sequences,
+                                        owned_text(fold, &PlannedRank::shards, 0)};
+        row.insert(row.end(), fold.cells.begin(), fold.cells.end());
+        row.push_back(owned_text(fold, &PlannedRank::output_files, 1));
+        rows.push_back(std::move(row));
+    }
+    text += "\nPlacement\n";
+    text += table_text(rows, alignments, 2);
+}
+
+// What fills the memory of the rank that needs most.
+void add_memory(std::string& text, const std::vector<PlannedRank>& ranks) {
+    const auto largest = std::ranges::max_element(ranks, {}, total_memory);
+    if (largest == ranks.end()) return;
+    std::vector<std::vector<std::string>> rows;
+    for (const auto& item : largest->memory) rows.push_back({bytes_text(item.bytes), item.name});
+    rows.push_back({bytes_text(total_memory(*largest)),
+                    fmt::format("together; {} free", bytes_text(largest->free_memory))});
+    text += fmt::format("\nMemory of rank {} ({}), the largest\n", largest->rank, largest->host);
+    text += table_text(rows, "rl", 2);
+}
+
+// All files when they are few, else the first and the last.
+void add_files(std::string& text, const std::vector<PlannedFile>& files) {
+    constexpr std::size_t shown = 12;
+    std::vector<std::vector<std::string>> rows;
+    for (std::size_t i = 0; i < files.size(); ++i) {
+        if (files.size() > shown && i == shown - 2) {
+            rows.push_back({fmt::format("… {} more", files.size() - shown + 1), "", ""});
+            i = files.size() - 1;
+        }
+        rows.push_back({files[i].name, bytes_text(files[i].bytes), fmt::format("rank {}", files[i].owner)});
+    }
+    text += "\nFiles\n" + table_text(rows, "lrl", 2);
+}
+
+void add_time(std::string& text, const std::optional<PlannedTime>& time) {
+    text += '\n';
+    if (!time) return add_lines(text, "Time", {"not measured"});
+    const auto rate = time->gflops < 10'000.0 ? fmt::format("{:.0f} GFLOP/s", time->gflops)
+                                              : fmt::format("{:.0f} TFLOP/s", time->gflops / 1000.0);
+    add_lines(text, "Time",
+              {fmt::format("about {}, at {} a rank as measured now", seconds_text(time->total()), rate),
+               fmt::format("forward {}, Hessians {}, factors {}, solving {}, reading and writing {}",
+                           seconds_text(time->forward), seconds_text(time->hessian),
+                           seconds_text(time->factor), seconds_text(time->solve), seconds_text(time->io))});
+}
+
+void add_list(std::string& text, const std::string& title, const std::vector<std::string>& items) {
+    if (items.empty()) return;
+    text += '\n' + title + '\n';
+    for (const auto& item : items) text += "  - " + item + '\n';
+}
+
+}  // namespace
+
+std::uint64_t total_memory(const PlannedRank& rank) {
+    return std::accumulate(rank.memory.begin(), rank.memory.end(), std::uint64_t{0},
+                           [](auto sum, const auto& item) { return sum + item.bytes; });
+}
+
+std::string to_text(const Plan& plan) {
+    std::string text;
+    add_lines(text, "Job", {plan.job});
+    add_model(text, plan.model);
+    add_quantization(text, plan.quantization, plan.model.parameters);
+    add_calibration(text, plan.calibration);
+    add_output(text, plan);
+    add_lines(text, "Compute",
+              {plan.backend, fmt::format("{} rank{}, tensors over {}", plan.ranks.size(),
+                                         plan.ranks.size() == 1 ? "" : "s", plan.communicator)});
+    add_placement(text, plan);
+    add_memory(text, plan.ranks);
+    add_files(text, plan.files);
+    add_time(text, plan.time);
+    add_list(text, "Warnings", plan.warnings);
+    add_list(text, "This job cannot run", plan.problems);
+    if (plan.problems.empty()) text += "\nNothing stands in the way: start it with quantmill run.\n";
+    return text;
+}
+
+}  // namespace quantmill

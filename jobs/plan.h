@@ -1,0 +1,97 @@
+#pragma once
+
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <vector>
+
+namespace quantmill {
+
+// What a job would do, found without reading a weight: plain data that workers/ fills. Bytes are exact
+// where the file formats decide them, else upper bounds; seconds are estimates.
+
+struct PlannedModel {
+    std::string name;          // last component of the directory
+    std::string family;        // "llama"
+    std::string architecture;  // "LlamaForCausalLM"
+    std::string dtype;         // "bf16"
+    std::int64_t blocks = 0;
+    std::int64_t parameters = 0;
+    std::uint64_t bytes = 0;
+    std::int64_t files = 0;
+};
+
+// Linears of a block that share one input, so one Hessian [columns, columns].
+struct PlannedGroup {
+    std::string name;                  // "qkv"
+    std::vector<std::string> linears;  // "q_proj", "k_proj", "v_proj"
+    std::int64_t rows = 0;             // of all its linears
+    std::int64_t columns = 0;
+};
+
+struct PlannedQuantization {
+    std::string scheme;                   // "4 bits, group_size 128, symmetric"
+    std::int64_t linears = 0;             // of the whole model
+    std::int64_t parameters = 0;          // in them
+    std::vector<PlannedGroup> groups;     // of one block
+    std::vector<std::string> left_alone;  // "lm_head", "model.embed_tokens", "norms"
+};
+
+struct PlannedCalibration {
+    std::string tokens;  // the store's file
+    std::int64_t sequences = 0;
+    std::int64_t token_count = 0;
+    std::int64_t longest = 0;  // tokens of the longest sequence
+    std::int64_t shards = 0;
+    std::int64_t micro_batches = 0;
+};
+
+struct NamedBytes {
+    std::string name;  // "weights of a block"
+    std::uint64_t bytes = 0;
+};
+
+struct PlannedRank {
+    int rank = 0;
+    std::string host;
+    std::int64_t sequences = 0;
+    std::vector<std::int64_t> shards;        // calibration shards it owns
+    std::vector<std::int64_t> rows;          // it solves, one number a PlannedGroup
+    std::vector<std::int64_t> output_files;  // indices into Plan::files
+    std::vector<NamedBytes> memory;
+    std::uint64_t free_memory = 0;  // of its device; for the CPU backend its share of the host's
+};
+
+struct PlannedFile {
+    std::string name;  // model-00001-of-00008.safetensors
+    std::uint64_t bytes = 0;
+    int owner = 0;  // rank
+};
+
+struct PlannedTime {
+    double forward = 0.0, hessian = 0.0, factor = 0.0, solve = 0.0, io = 0.0;  // seconds
+    double gflops = 0.0;  // a rank's rate, measured just now
+    double total() const { return forward + hessian + factor + solve + io; }
+};
+
+struct Plan {
+    std::string job;                    // the job file
+    std::string backend, communicator;  // "cpu: AMD EPYC, 2 threads", "mpi"
+    PlannedModel model;
+    PlannedQuantization quantization;
+    PlannedCalibration calibration;
+    std::string output_directory, output_format;
+    std::vector<PlannedFile> files;
+    std::uint64_t disk_needed = 0, disk_free = 0;
+    std::vector<PlannedRank> ranks;
+    std::optional<PlannedTime> time;    // none with --no-measure
+    std::vector<std::string> warnings;  // the job runs, but think
+    std::vector<std::string> problems;  // the job is refused
+};
+
+std::uint64_t total_memory(const PlannedRank& rank);
+
+// The dry run as text for a terminal; ranks that do alike share a line.
+std::string to_text(const Plan& plan);
+
+}  // namespace quantmill
