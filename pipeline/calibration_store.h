@@ -8,8 +8,9 @@
 
 namespace quantmill {
 
-// Token sequences in an HDF5 file: /input_ids int32 [N, L] padded with -1, /lengths int32 [N], attributes
-// vocab_size, tokenizer (sha256 of tokenizer.json) and source. tools/calibrate.py writes it.
+// Token sequences in an HDF5 file: /input_ids int32 [N, L] padded with -1, /lengths int32 [N],
+// attributes vocab_size, tokenizer (sha256 of tokenizer.json) and source. tools/calibrate.py writes
+// it.
 struct CalibrationStore {
     std::vector<std::vector<std::int32_t>> sequences;
     std::int64_t sequence_length = 0;  // L of the file
@@ -26,9 +27,9 @@ struct CalibrationRequest {
     bool allow_tokenizer_mismatch = false;
 };
 
-// Reads and checks a store. Throws BadInput for a file that is not HDF5 or lacks a data set, ids out of range,
-// empty sequences, fewer sequences than asked for, a larger vocabulary than the model's, another tokenizer.
-CalibrationStore load_calibration_store(const std::filesystem::path& file,
-                                        const CalibrationRequest& request);
+// Reads and checks a store. Throws BadInput for a file that is not HDF5 or lacks a data set, ids
+// out of range, empty sequences, fewer sequences than asked for, a larger vocabulary than the
+// model's, another tokenizer.
+CalibrationStore load_calibration_store(const std::filesystem::path& path, const CalibrationRequest& request);
 
 }  // namespace quantmill

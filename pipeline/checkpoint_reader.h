@@ -13,8 +13,8 @@
 namespace quantmill {
 
 // A Hugging Face checkpoint directory: config.json and one or many safetensors files. Opening reads
-// headers only and checks index against headers: every file there, every tensor where the index says,
-// none twice. Reading is thread-safe.
+// headers only and checks index against headers: every file there, every tensor where the index
+// says, none twice. Reading is thread-safe.
 class CheckpointReader {
 public:
     explicit CheckpointReader(std::filesystem::path directory);
@@ -44,8 +44,8 @@ private:
     std::map<std::string, std::size_t> file_index_;
 };
 
-// Throws BadInput naming tensor, row and value when float data (f32, f16, bf16 or f64) holds NaN or an
-// infinity; other dtypes pass.
+// Throws BadInput naming tensor, row and value when float data (f32, f16, bf16 or f64) holds NaN or
+// an infinity; other dtypes pass.
 void require_finite(const StoredTensor& tensor, const void* data, const std::string& file);
 
 }  // namespace quantmill

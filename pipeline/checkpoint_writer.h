@@ -21,16 +21,16 @@ struct OutputShard {
     std::uint64_t bytes = 0;            // of the whole file
 };
 
-// Splits tensors, in order, into files of at most max_shard_size bytes (a larger tensor gets a file of
-// its own) and lays each out.
+// Splits tensors, in order, into files of at most max_shard_size bytes (a larger tensor gets a file
+// of its own) and lays each out.
 std::vector<OutputShard> layout_shards(const std::vector<StoredTensor>& tensors,
                                        std::uint64_t max_shard_size);
 
 // {"metadata": {"total_size"}, "weight_map"} of the whole checkpoint.
 std::string make_index_json(const std::vector<OutputShard>& shards);
 
-// Writes the shards that this rank owns, tensor by tensor in any order, at their planned offsets. A shard
-// appears under its name when its last tensor has been written.
+// Writes the shards that this rank owns, tensor by tensor in any order, at their planned offsets. A
+// shard appears under its name when its last tensor has been written.
 class CheckpointWriter {
 public:
     // `owned`: indices into shards.
@@ -52,12 +52,15 @@ private:
     std::map<std::string, Shard*> shard_of_;
 };
 
-// Prepares the output directory: creates it; refuses one that is not empty unless it is ours and
-// `overwrite`, or names a missing parent's permission. Removes what an earlier run of ours left.
-void prepare_output_directory(const std::filesystem::path& directory, bool overwrite);
+// Creates the output directory with our marker (.quantmill/) in it and removes the checkpoint files
+// that an earlier run left. Throws BadInput when it cannot be written, or is or lies in `source`;
+// without `overwrite` also when it holds a finished checkpoint of ours or anything that is not
+// ours.
+void prepare_output_directory(const std::filesystem::path& directory, bool overwrite,
+                              const std::filesystem::path& source = {});
 
-// Copies everything of the source directory but weights, indexes, archives and the configs that we write
-// (checkpoint-formats: "by exclusion"); follows symbolic links.
+// Copies everything of the source directory but weights, indexes, archives and the configs that we
+// write (checkpoint-formats: "by exclusion"); follows symbolic links.
 void copy_companion_files(const std::filesystem::path& source, const std::filesystem::path& directory);
 
 }  // namespace quantmill

@@ -1,0 +1,171 @@
+#include "pipeline/block_weights.h"
+
+#include <algorithm>
+
+#include "pipeline/stopwatch.h"
+
+namespace quantmill {
+namespace {
+
+std::vector<std::int64_t> extents(const Shape& shape) {
+    std::vector<std::int64_t> result;
+    for (std::size_t axis = 0; axis < shape.rank(); ++axis) result.push_back(shape[axis]);
+    return result;
+}
+
+}  // namespace
+
+DType weight_dtype(const CheckpointReader& reader, const std::string& name) {
+    const StoredTensor& tensor = reader.find(name);
+    const std::optional<DType> dtype = dtype_from_safetensors(tensor.dtype);
+    if (!dtype || (*dtype != DType::f32 && *dtype != DType::f16 && *dtype != DType::bf16)) {
+        throw BadInput("{}: tensor '{}' has dtype {}, which cannot be computed with (BF16, F16, F32)",
+                       reader.file_of(name).string(), name, tensor.dtype);
+    }
+    return *dtype;
+}
+
+WeightLoader::WeightLoader(Backend& backend, Control& control, Communicator& communicator,
+                           const CheckpointReader& reader, const ModelGraph& graph)
+    : backend_(backend), control_(control), communicator_(communicator), reader_(reader), graph_(graph) {
+    const auto config = reader.config().find("quantization_config");
+    if (config != reader.config().end() && !config->is_null()) {
+        const std::string file = (reader.directory() / "config.json").string();
+        scheme_ = std::make_unique<GptqScheme>(gptq_scheme_from(*config, file));
+    }
+}
+
+std::vector<std::string> WeightLoader::names_of_block(int block) const {
+    std::vector<std::string> names;
+    for (const auto& [norm, length] : graph_.norms()) names.push_back(graph_.in_block(block, norm));
+    for (const Stage& stage : graph_.stages) {
+        for (const Linear& linear : stage.group.linears) {
+            names.push_back(graph_.in_block(block, linear.name + ".weight"));
+            if (linear.bias) names.push_back(graph_.in_block(block, linear.name + ".bias"));
+        }
+    }
+    return names;
+}
+
+// Tensors are dealt to ranks in the order of their names, so that every rank knows who reads what.
+bool WeightLoader::mine(const std::string& name) const {
+    const auto& tensors = reader_.tensors();
+    const auto position = std::distance(tensors.begin(), tensors.find(name));
+    return position % control_.size() == control_.rank();
+}
+
+WeightLoader::HostTensors WeightLoader::read_share(const std::vector<std::string>& names) const {
+    HostTensors share;
+    for (const std::string& name : names) {
+        if (!reader_.contains(name) || !mine(name)) continue;  // missing ones are reported by load
+        const StoredTensor& tensor = reader_.find(name);
+        std::vector<std::byte> bytes(tensor.bytes());
+        reader_.read(name, bytes.data());
+        require_finite(tensor, bytes.data(), reader_.file_of(name).string());
+        share.emplace(name, std::move(bytes));
+    }
+    return share;
+}
+
+void WeightLoader::prefetch_block(int block) {
+    if (block >= graph_.blocks) return;
+    prefetched_block_ = block;
+    prefetch_ =
+        std::async(std::launch::async, [this, names = names_of_block(block)] { return read_share(names); });
+}
+
+Tensor WeightLoader::load(const std::string& name, const Shape& shape) {
+    reader_.find(name, extents(shape));
+    Tensor tensor = backend_.empty(shape, weight_dtype(reader_, name), name);
+    if (mine(name)) {
+        const Stopwatch watch;
+        auto found = at_hand_.extract(name);
+        HostTensors read = found.empty() ? read_share({name}) : HostTensors{};
+        read_seconds_ += watch.seconds();
+        backend_.copy_from_host(found.empty() ? read.at(name).data() : found.mapped().data(), tensor);
+    }
+    const auto position = std::distance(reader_.tensors().begin(), reader_.tensors().find(name));
+    communicator_.broadcast(tensor, static_cast<int>(position % control_.size()));
+    return tensor;
+}
+
+Tensor WeightLoader::load_as(const std::string& name, const Shape& shape, DType dtype) {
+    const Tensor stored = load(name, shape);
+    Tensor converted = backend_.empty(shape, dtype, name);
+    backend_.convert(stored, converted);
+    return converted;
+}
+
+Tensor WeightLoader::to_forward(const Tensor& stored) {
+    Tensor converted = backend_.empty(stored.shape(), backend_.activation_dtype(), "weights of a linear");
+    backend_.convert(stored, converted);
+    return converted;
+}
+
+LinearWeights WeightLoader::load_linear(int block, const Linear& linear) {
+    LinearWeights weights;
+    const std::string prefix = graph_.in_block(block, linear.name);
+    if (scheme_ == nullptr || reader_.contains(prefix + ".weight")) {
+        weights.stored = load(prefix + ".weight", {linear.rows, linear.columns});
+    }
+    if (linear.bias) weights.bias = load_as(prefix + ".bias", {linear.rows}, DType::f32);
+    return weights;
+}
+
+BlockWeights WeightLoader::load_block(int block) {
+    if (prefetched_block_ == block) {
+        const Stopwatch watch;
+        at_hand_ = prefetch_.get();
+        read_seconds_ += watch.seconds();
+        prefetched_block_ = -1;
+    }
+    BlockWeights weights;
+    for (const auto& [norm, length] : graph_.norms()) {
+        weights.norms.emplace(norm, load_as(graph_.in_block(block, norm), {length}, DType::f32));
+    }
+    for (const Stage& stage : graph_.stages) {
+        std::vector<LinearWeights>& group = weights.stages.emplace_back();
+        for (const Linear& linear : stage.group.linears) group.push_back(load_linear(block, linear));
+    }
+    return weights;
+}
+
+Tensor WeightLoader::decode_linear(int block, const Linear& linear) {
+    const std::string prefix = graph_.in_block(block, linear.name);
+    QuantizationGrid grid = scheme_->grid;
+    if (grid.group_size == 0) grid.group_size = linear.columns;
+    for (const StoredTensor& expected : gptq_tensors(prefix, linear.rows, linear.columns, grid)) {
+        const StoredTensor& stored = reader_.find(expected.name, expected.shape);
+        if (stored.dtype == expected.dtype) continue;
+        throw BadInput("{}: tensor '{}' has dtype {}, expected {}", reader_.file_of(stored.name).string(),
+                       stored.name, stored.dtype, expected.dtype);
+    }
+    const auto read = [this](const std::string& name) {
+        const StoredTensor& stored = reader_.find(name);
+        std::vector<std::byte> bytes(stored.bytes());
+        reader_.read(name, bytes.data());
+        require_finite(stored, bytes.data(), reader_.file_of(name).string());
+        return bytes;
+    };
+    const QuantizedLinear quantized =
+        decode_gptq(backend_, prefix, linear.rows, linear.columns, *scheme_, read);
+    Tensor forward = backend_.empty({linear.rows, linear.columns}, backend_.activation_dtype(), prefix);
+    backend_.dequantize(quantized.rows(0, linear.rows), quantized.g_idx, forward);
+    return forward;
+}
+
+BlockWeights WeightLoader::load_block_for_forward(int block) {
+    BlockWeights weights = load_block(block);
+    for (std::size_t s = 0; s < graph_.stages.size(); ++s) {
+        const LinearGroup& group = graph_.stages[s].group;
+        for (std::size_t l = 0; l < group.linears.size(); ++l) {
+            LinearWeights& linear = weights.stages[s][l];
+            linear.forward =
+                linear.stored.empty() ? decode_linear(block, group.linears[l]) : to_forward(linear.stored);
+            linear.stored = {};
+        }
+    }
+    return weights;
+}
+
+}  // namespace quantmill

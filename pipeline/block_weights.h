@@ -1,0 +1,69 @@
+#pragma once
+
+#include <future>
+#include <map>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "comm/communicator.h"
+#include "pipeline/checkpoint_reader.h"
+#include "pipeline/gptq_format.h"
+#include "pipeline/model_graph.h"
+
+namespace quantmill {
+
+struct LinearWeights {
+    Tensor stored;   // [R, C] in the checkpoint's dtype; empty when the checkpoint is quantized
+    Tensor bias;     // f32 [R] or empty
+    Tensor forward;  // [R, C] activation dtype, what the forward pass multiplies with; may be empty
+};
+
+struct BlockWeights {
+    std::map<std::string, Tensor> norms;             // f32, by name in the block
+    std::vector<std::vector<LinearWeights>> stages;  // [stage][linear of its group]
+};
+
+// The dtype of a tensor that is computed with; throws BadInput when that is none of F32, F16, BF16.
+DType weight_dtype(const CheckpointReader& reader, const std::string& name);
+
+// Brings a checkpoint's weights to the backends of all ranks. Each rank reads its share of the tensors from
+// disk once, checks it for NaN, and the communicator spreads it. Collective: all ranks call alike.
+class WeightLoader {
+public:
+    WeightLoader(Backend& backend, Control& control, Communicator& communicator,
+                 const CheckpointReader& reader, const ModelGraph& graph);
+
+    // Starts reading this rank's share of a block in the background; load_block uses it when it is there.
+    void prefetch_block(int block);
+    // Weights as stored, without `forward`.
+    BlockWeights load_block(int block);
+    // Weights ready for the forward pass, dequantized when the checkpoint is a GPTQ one.
+    BlockWeights load_block_for_forward(int block);
+    // A tensor of the checkpoint, e.g. the embedding, in its stored dtype.
+    Tensor load(const std::string& name, const Shape& shape);
+    Tensor load_as(const std::string& name, const Shape& shape, DType dtype);
+    Tensor to_forward(const Tensor& stored);               // converted to the activation dtype
+    double read_seconds() const { return read_seconds_; }  // that the caller waited for disk
+
+private:
+    using HostTensors = std::map<std::string, std::vector<std::byte>>;
+    std::vector<std::string> names_of_block(int block) const;
+    bool mine(const std::string& name) const;
+    HostTensors read_share(const std::vector<std::string>& names) const;
+    LinearWeights load_linear(int block, const Linear& linear);
+    Tensor decode_linear(int block, const Linear& linear);
+
+    Backend& backend_;
+    Control& control_;
+    Communicator& communicator_;
+    const CheckpointReader& reader_;
+    const ModelGraph& graph_;
+    std::unique_ptr<GptqScheme> scheme_;  // of a quantized checkpoint
+    int prefetched_block_ = -1;
+    std::future<HostTensors> prefetch_;
+    HostTensors at_hand_;
+    double read_seconds_ = 0.0;
+};
+
+}  // namespace quantmill

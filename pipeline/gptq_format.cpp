@@ -1,0 +1,194 @@
+#include "pipeline/gptq_format.h"
+
+#include <algorithm>
+#include <cstring>
+
+#include "kernels/error.h"
+
+namespace quantmill {
+namespace {
+
+// Codes k of a row occupy bits [k·b, (k + 1)·b) of an LSB-first stream of words; they may straddle.
+std::vector<std::uint32_t> pack_row(const std::vector<std::uint32_t>& codes, int bits) {
+    std::vector<std::uint32_t> words(codes.size() * static_cast<std::size_t>(bits) / 32);
+    for (std::size_t k = 0; k < codes.size(); ++k) {
+        const std::size_t bit = k * static_cast<std::size_t>(bits);
+        const std::uint64_t shifted = static_cast<std::uint64_t>(codes[k]) << (bit % 32);
+        words[bit / 32] |= static_cast<std::uint32_t>(shifted);
+        if ((shifted >> 32U) != 0) words[bit / 32 + 1] |= static_cast<std::uint32_t>(shifted >> 32U);
+    }
+    return words;
+}
+
+std::uint32_t unpack_code(const std::uint32_t* words, std::size_t k, int bits) {
+    const std::size_t bit = k * static_cast<std::size_t>(bits);
+    std::uint64_t window = words[bit / 32];
+    if (bit % 32 + static_cast<std::size_t>(bits) > 32) {
+        window |= static_cast<std::uint64_t>(words[bit / 32 + 1]) << 32U;
+    }
+    return static_cast<std::uint32_t>(window >> (bit % 32)) & ((1U << static_cast<unsigned>(bits)) - 1U);
+}
+
+template <class T>
+std::vector<T> to_host(Backend& backend, ConstTensorView view) {
+    std::vector<T> host(static_cast<std::size_t>(view.shape().count()));
+    backend.copy_to_host(view, host.data());
+    return host;
+}
+
+template <class T>
+std::vector<std::byte> as_bytes_of(const std::vector<T>& values) {
+    std::vector<std::byte> bytes(values.size() * sizeof(T));
+    std::memcpy(bytes.data(), values.data(), bytes.size());
+    return bytes;
+}
+
+template <class T>
+std::vector<T> from_bytes(const std::vector<std::byte>& bytes) {
+    std::vector<T> values(bytes.size() / sizeof(T));
+    std::memcpy(values.data(), bytes.data(), values.size() * sizeof(T));
+    return values;
+}
+
+// [R, G] -> [G, R]
+template <class T>
+std::vector<T> transposed(const std::vector<T>& values, std::size_t rows, std::size_t columns) {
+    std::vector<T> result(values.size());
+    for (std::size_t r = 0; r < rows; ++r) {
+        for (std::size_t c = 0; c < columns; ++c) result[c * rows + r] = values[r * columns + c];
+    }
+    return result;
+}
+
+// zero − 1 wraps inside the field when zero is 0, so that readers which add 1 modulo 2^b restore it.
+std::vector<std::uint32_t> pack_zeros(const std::vector<std::uint8_t>& zeros, std::size_t rows,
+                                      std::size_t groups, int bits, GptqFormat format) {
+    const std::uint32_t mask = (1U << static_cast<unsigned>(bits)) - 1U;
+    const std::uint32_t offset = format == GptqFormat::v1 ? 1 : 0;
+    std::vector<std::uint32_t> packed;
+    for (std::size_t g = 0; g < groups; ++g) {
+        std::vector<std::uint32_t> row(rows);
+        for (std::size_t r = 0; r < rows; ++r) row[r] = (zeros[r * groups + g] - offset) & mask;
+        const std::vector<std::uint32_t> words = pack_row(row, bits);
+        packed.insert(packed.end(), words.begin(), words.end());
+    }
+    return packed;
+}
+
+}  // namespace
+
+std::string_view name_of(GptqFormat format) { return format == GptqFormat::v1 ? "gptq" : "gptq_v2"; }
+
+GptqFormat gptq_format_from(std::string_view name) {
+    if (name == "gptq") return GptqFormat::v1;
+    if (name == "gptq_v2") return GptqFormat::v2;
+    throw BadInput("checkpoint format '{}' is not known (gptq | gptq_v2)", name);
+}
+
+std::vector<StoredTensor> gptq_tensors(const std::string& prefix, std::int64_t rows, std::int64_t columns,
+                                       const QuantizationGrid& grid) {
+    const std::int64_t groups = grid.groups(columns);
+    return {{prefix + ".qweight", "I32", {columns * grid.bits / 32, rows}, 0, 0},
+            {prefix + ".qzeros", "I32", {groups, rows * grid.bits / 32}, 0, 0},
+            {prefix + ".scales", "F16", {groups, rows}, 0, 0},
+            {prefix + ".g_idx", "I32", {columns}, 0, 0}};
+}
+
+std::string gptq_obstacle(std::int64_t rows, std::int64_t columns, const QuantizationGrid& grid,
+                          GptqFormat format) {
+    if (columns % 32 != 0) return fmt::format("its {} columns are not a multiple of 32", columns);
+    if (rows * grid.bits % 32 != 0) {
+        return fmt::format("its {} rows of {}-bit zeros do not fill 32-bit words", rows, grid.bits);
+    }
+    if (!grid.sym && format == GptqFormat::v1) {
+        return "asymmetric zeros of 0 borrow across fields in format gptq: use output.format: gptq_v2";
+    }
+    return {};
+}
+
+std::vector<EncodedTensor> encode_gptq(Backend& backend, const std::string& prefix,
+                                       const QuantizedLinear& quantized, std::int64_t begin, std::int64_t end,
+                                       GptqFormat format) {
+    const ConstQuantizedViews views = quantized.rows(begin, end);
+    const std::int64_t rows = end - begin;
+    const std::int64_t columns = quantized.columns();
+    const std::int64_t groups = quantized.grid.groups(columns);
+    const int bits = quantized.grid.bits;
+
+    const Tensor packed = [&] {
+        Tensor words = backend.empty({columns * bits / 32, rows}, DType::i32, "packed codes");
+        backend.pack(views.codes, bits, words);
+        return words;
+    }();
+    const auto scales = transposed(to_host<std::uint16_t>(backend, views.scales),
+                                   static_cast<std::size_t>(rows), static_cast<std::size_t>(groups));
+    const auto zeros = pack_zeros(to_host<std::uint8_t>(backend, views.zeros), static_cast<std::size_t>(rows),
+                                  static_cast<std::size_t>(groups), bits, format);
+    return {{prefix + ".qweight", as_bytes_of(to_host<std::int32_t>(backend, packed))},
+            {prefix + ".qzeros", as_bytes_of(zeros)},
+            {prefix + ".scales", as_bytes_of(scales)},
+            {prefix + ".g_idx", as_bytes_of(quantized.g_idx)}};
+}
+
+GptqScheme gptq_scheme_from(const nlohmann::json& config, const std::string& file) {
+    try {
+        if (const auto method = config.at("quant_method").get<std::string>(); method != "gptq") {
+            throw BadInput("{}: quant_method '{}' is not supported (gptq)", file, method);
+        }
+        GptqScheme scheme;
+        scheme.grid.bits = config.at("bits").get<int>();
+        scheme.grid.group_size = std::max<std::int64_t>(config.at("group_size").get<std::int64_t>(), 0);
+        scheme.grid.sym = config.value("sym", true);
+        if (config.contains("checkpoint_format")) {
+            scheme.format = gptq_format_from(config.at("checkpoint_format").get<std::string>());
+        }
+        const int bits = scheme.grid.bits;
+        if (bits != 2 && bits != 3 && bits != 4 && bits != 8) {
+            throw BadInput("{}: {} bits are not supported (2 | 3 | 4 | 8)", file, bits);
+        }
+        return scheme;
+    } catch (const nlohmann::json::exception& error) {
+        throw BadInput("{}: quantization_config: {}", file, error.what());
+    }
+}
+
+QuantizedLinear decode_gptq(Backend& backend, const std::string& prefix, std::int64_t rows,
+                            std::int64_t columns, const GptqScheme& scheme, const TensorBytes& read) {
+    QuantizationGrid grid = scheme.grid;
+    if (grid.group_size == 0) grid.group_size = columns;
+    QuantizedLinear quantized(backend, rows, columns, grid);
+    const std::int64_t groups = grid.groups(columns);
+
+    Tensor packed = backend.empty({columns * grid.bits / 32, rows}, DType::i32, "packed codes");
+    backend.copy_from_host(read(prefix + ".qweight").data(), packed);
+    backend.unpack(packed, grid.bits, quantized.codes);
+
+    const auto stored_scales = from_bytes<std::uint16_t>(read(prefix + ".scales"));
+    const auto scales =
+        transposed(stored_scales, static_cast<std::size_t>(groups), static_cast<std::size_t>(rows));
+    backend.copy_from_host(scales.data(), quantized.scales);
+
+    const auto words = from_bytes<std::uint32_t>(read(prefix + ".qzeros"));
+    const std::uint32_t offset = scheme.format == GptqFormat::v1 ? 1 : 0;
+    const std::uint32_t mask = static_cast<std::uint32_t>(grid.max_code());
+    const auto words_per_group = static_cast<std::size_t>(rows * grid.bits / 32);
+    std::vector<std::uint8_t> zeros(static_cast<std::size_t>(rows * groups));
+    for (std::size_t g = 0; g < static_cast<std::size_t>(groups); ++g) {
+        for (std::size_t r = 0; r < static_cast<std::size_t>(rows); ++r) {
+            const std::uint32_t code = unpack_code(words.data() + g * words_per_group, r, grid.bits);
+            zeros[r * static_cast<std::size_t>(groups) + g] =
+                static_cast<std::uint8_t>((code + offset) & mask);
+        }
+    }
+    backend.copy_from_host(zeros.data(), quantized.zeros);
+
+    quantized.g_idx = from_bytes<std::int32_t>(read(prefix + ".g_idx"));
+    for (const std::int32_t group : quantized.g_idx) {
+        if (group < 0 || group >= groups) {
+            throw BadInput("{}.g_idx: group {} is out of range (0 … {})", prefix, group, groups - 1);
+        }
+    }
+    return quantized;
+}
+
+}  // namespace quantmill

@@ -1,0 +1,54 @@
+#pragma once
+
+#include <cstddef>
+#include <functional>
+#include <nlohmann/json.hpp>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "kernels/backend.h"
+#include "pipeline/quantized_linear.h"
+#include "pipeline/safetensors.h"
+
+namespace quantmill {
+
+// The GPTQ file format: a linear P is stored as P.qweight i32 [C·b/32, R], P.qzeros i32 [G, R·b/32],
+// P.scales f16 [G, R], P.g_idx i32 [C]. gptq (v1) stores zero − 1 in qzeros, gptq_v2 stores zero.
+enum class GptqFormat { v1, v2 };
+std::string_view name_of(GptqFormat format);         // "gptq" | "gptq_v2"
+GptqFormat gptq_format_from(std::string_view name);  // throws BadInput for another name
+
+// Names, dtypes and shapes of the tensors that hold linear `prefix`.
+std::vector<StoredTensor> gptq_tensors(const std::string& prefix, std::int64_t rows, std::int64_t columns,
+                                       const QuantizationGrid& grid);
+
+// Why [rows, columns] cannot be stored on this grid; empty when it can.
+std::string gptq_obstacle(std::int64_t rows, std::int64_t columns, const QuantizationGrid& grid,
+                          GptqFormat format);
+
+struct EncodedTensor {
+    std::string name;
+    std::vector<std::byte> bytes;
+};
+// Rows [begin, end) of a group's result as the tensors of linear `prefix`.
+std::vector<EncodedTensor> encode_gptq(Backend& backend, const std::string& prefix,
+                                       const QuantizedLinear& quantized, std::int64_t begin, std::int64_t end,
+                                       GptqFormat format);
+
+// How a checkpoint says it is quantized: the relevant part of its quantization_config.
+struct GptqScheme {
+    QuantizationGrid grid;  // group_size -1 is kept as 0 here: one group a row
+    GptqFormat format = GptqFormat::v1;
+};
+// The scheme of config.json's quantization_config. Throws BadInput for methods other than gptq.
+GptqScheme gptq_scheme_from(const nlohmann::json& quantization_config, const std::string& file);
+
+// Reads the tensors of a linear by name; used by decode_gptq.
+using TensorBytes = std::function<std::vector<std::byte>(const std::string& name)>;
+// The inverse of encode_gptq for any g_idx and for checkpoints made by others. Throws BadInput for a g_idx
+// out of range.
+QuantizedLinear decode_gptq(Backend& backend, const std::string& prefix, std::int64_t rows,
+                            std::int64_t columns, const GptqScheme& scheme, const TensorBytes& read);
+
+}  // namespace quantmill

@@ -1,0 +1,137 @@
+#include "pipeline/gptq_solver.h"
+
+#include <algorithm>
+#include <cmath>
+#include <nlohmann/json.hpp>
+#include <numeric>
+
+namespace quantmill {
+namespace {
+
+double mean(std::span<const float> values) {
+    return std::accumulate(values.begin(), values.end(), 0.0) / static_cast<double>(values.size());
+}
+
+// Columns by falling diagonal; ties keep their order so that every rank agrees.
+std::vector<std::int32_t> descending(std::span<const float> diagonal) {
+    std::vector<std::int32_t> order(diagonal.size());
+    std::iota(order.begin(), order.end(), 0);
+    std::stable_sort(order.begin(), order.end(), [&](std::int32_t a, std::int32_t b) {
+        return diagonal[static_cast<std::size_t>(a)] > diagonal[static_cast<std::size_t>(b)];
+    });
+    return order;
+}
+
+std::vector<std::int32_t> inverse(std::span<const std::int32_t> order) {
+    std::vector<std::int32_t> result(order.size());
+    for (std::size_t i = 0; i < order.size(); ++i) {
+        result[static_cast<std::size_t>(order[i])] = static_cast<std::int32_t>(i);
+    }
+    return result;
+}
+
+std::vector<std::int32_t> take_dead_columns(std::vector<float>& diagonal) {
+    std::vector<std::int32_t> dead;
+    for (std::size_t j = 0; j < diagonal.size(); ++j) {
+        if (diagonal[j] != 0.0F) continue;
+        dead.push_back(static_cast<std::int32_t>(j));
+        diagonal[j] = 1.0F;
+    }
+    return dead;
+}
+
+std::vector<float> damped(std::span<const float> diagonal, double lambda) {
+    std::vector<float> result(diagonal.begin(), diagonal.end());
+    for (float& element : result) element = static_cast<float>(static_cast<double>(element) + lambda);
+    return result;
+}
+
+}  // namespace
+
+FactorOutcome factor_hessian(Backend& backend, ConstTensorView sum, const FixedPointExponents& exponents,
+                             std::int64_t tokens, const GptqOptions& options, const std::string& module,
+                             TensorView factor) {
+    const double scale = 2.0 / static_cast<double>(tokens);
+    backend.from_fixed_point(sum, exponents, scale, factor);
+    std::vector<float> diagonal = backend.read_diagonal(factor);
+    const double mean_diagonal = mean(diagonal);
+    if (!std::isfinite(mean_diagonal)) throw BadInput("{}: its calibration inputs are not finite", module);
+
+    FactorOutcome outcome;
+    outcome.dead_columns = take_dead_columns(diagonal);
+    if (options.desc_act) outcome.order = descending(diagonal);
+
+    for (double damp = options.damp_percent; damp < 1.0; damp += options.damp_auto_increment) {
+        if (damp != options.damp_percent) backend.from_fixed_point(sum, exponents, scale, factor);
+        backend.write_diagonal(damped(diagonal, damp * mean_diagonal), factor);
+        if (options.desc_act) {
+            Tensor natural = backend.empty(factor.shape(), DType::f32, "Hessian in natural order");
+            backend.copy(factor, natural);
+            backend.permute_symmetric(natural, outcome.order, factor);
+        }
+        outcome.damp_percent = damp;
+        outcome.damping_raised = damp != options.damp_percent;
+        if (backend.reverse_cholesky(factor)) return outcome;
+        if (options.damp_auto_increment <= 0.0) break;
+    }
+
+    // The factor of a diagonal H couples no columns: every weight is rounded to its nearest code.
+    outcome.round_to_nearest = true;
+    outcome.order.clear();
+    for (float& element : diagonal) element = std::sqrt(std::max(element, 0.0F));
+    backend.zero(factor);
+    backend.write_diagonal(diagonal, factor);
+    return outcome;
+}
+
+std::string serialize(const FactorOutcome& outcome) {
+    const nlohmann::json json{outcome.damp_percent, outcome.damping_raised, outcome.round_to_nearest,
+                              outcome.dead_columns, outcome.order};
+    return json.dump();
+}
+
+FactorOutcome deserialize_factor_outcome(const std::string& text) {
+    const nlohmann::json json = nlohmann::json::parse(text);
+    return {json.at(0), json.at(1), json.at(2), json.at(3), json.at(4)};
+}
+
+std::vector<std::int32_t> group_index(const FactorOutcome& outcome, const QuantizationGrid& grid,
+                                      std::int64_t columns) {
+    std::vector<std::int32_t> groups(static_cast<std::size_t>(columns));
+    for (std::size_t j = 0; j < groups.size(); ++j) {
+        const auto group = static_cast<std::int32_t>(static_cast<std::int64_t>(j) / grid.group_size);
+        groups[outcome.order.empty() ? j : static_cast<std::size_t>(outcome.order[j])] = group;
+    }
+    return groups;
+}
+
+RowLosses solve_rows(Backend& backend, TensorView weights, RowRange range, ConstTensorView factor,
+                     const FactorOutcome& outcome, const GptqOptions& options, QuantizedLinear& quantized) {
+    if (range.empty()) return {};
+    const std::int64_t columns = quantized.columns();
+    const Shape shape{range.count(), columns};
+    if (!outcome.dead_columns.empty()) backend.zero_columns(outcome.dead_columns, weights);
+
+    QuantizedViews out = quantized.rows(range.begin, range.end);
+    Tensor loss = backend.empty({range.count()}, DType::f32, "loss of rows");
+    if (outcome.order.empty()) {
+        backend.gptq_solve(weights, factor, options.grid, out, loss);
+    } else {
+        Tensor ordered = backend.empty(shape, DType::f32, "weights in act order");
+        Tensor codes = backend.empty(shape, DType::u8, "codes in act order");
+        backend.permute_columns(weights, outcome.order, ordered);
+        backend.gptq_solve(ordered, factor, options.grid, {codes, out.scales, out.zeros}, loss);
+        backend.permute_columns(codes, inverse(outcome.order), out.codes);
+    }
+
+    Tensor dequantized = backend.empty(shape, DType::f32, "dequantized rows");
+    backend.dequantize({out.codes, out.scales, out.zeros}, quantized.g_idx, dequantized);
+    RowLosses losses;
+    losses.squared_error = backend.squared_distance(weights, dequantized);
+    std::vector<float> row_loss(static_cast<std::size_t>(range.count()));
+    backend.copy_to_host(loss, row_loss.data());
+    losses.loss.assign(row_loss.begin(), row_loss.end());
+    return losses;
+}
+
+}  // namespace quantmill

@@ -1,0 +1,56 @@
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "comm/communicator.h"
+#include "pipeline/hessian.h"
+#include "pipeline/quantized_linear.h"
+
+namespace quantmill {
+
+struct GptqOptions {
+    QuantizationGrid grid;
+    bool desc_act = false;
+    double damp_percent = 0.05;
+    double damp_auto_increment = 0.01;  // 0: do not raise
+};
+
+// What the factorization found and did; all of it goes to the report.
+struct FactorOutcome {
+    double damp_percent = 0.0;  // used in the end
+    bool damping_raised = false;
+    bool round_to_nearest = false;           // no damping below 1 made H positive definite
+    std::vector<std::int32_t> dead_columns;  // H_jj = 0: never active in the calibration
+    std::vector<std::int32_t> order;         // column order of desc_act; empty: natural
+};
+
+// Builds H = (2/tokens)·XᵀX + λI, λ = damp_percent · mean(diag), from the reduced fixed-point sum and factors
+// it in `factor` f32 [C, C] as Backend::reverse_cholesky does. Dead columns get H_jj = 1 after the mean is
+// taken. Damping rises by damp_auto_increment until the factorization succeeds; at 1 it falls back to a
+// diagonal H, which is rounding to nearest. `module` is for messages; non-finite activations throw BadInput.
+FactorOutcome factor_hessian(Backend& backend, ConstTensorView sum, const FixedPointExponents& exponents,
+                             std::int64_t tokens, const GptqOptions& options, const std::string& module,
+                             TensorView factor);
+
+// Small message form, for the ranks that did not factor.
+std::string serialize(const FactorOutcome& outcome);
+FactorOutcome deserialize_factor_outcome(const std::string& text);
+
+// g_idx of a linear whose columns were quantized in outcome.order: column order[j] is in group j /
+// group_size.
+std::vector<std::int32_t> group_index(const FactorOutcome& outcome, const QuantizationGrid& grid,
+                                      std::int64_t columns);
+
+struct RowLosses {
+    std::vector<double> loss;           // a row: Σ_j (target_j − q_j)² R_jj²
+    std::vector<double> squared_error;  // a row: Σ_j (w_j − q_j)²
+};
+
+// Quantizes rows `range` of a group into the same rows of `quantized`. weights f32 [range.count(), C] holds
+// those rows (changed: dead columns become 0); range begins at a multiple of kSolveRowBlock.
+RowLosses solve_rows(Backend& backend, TensorView weights, RowRange range, ConstTensorView factor,
+                     const FactorOutcome& outcome, const GptqOptions& options, QuantizedLinear& quantized);
+
+}  // namespace quantmill

@@ -1,0 +1,77 @@
+#include "pipeline/model_graph.h"
+
+#include <array>
+#include <numeric>
+#include <string_view>
+
+#include "pipeline/families/families.h"
+
+namespace quantmill {
+namespace {
+
+struct Family {
+    std::string_view architecture;
+    ModelGraph (*build)(ModelConfig&);
+};
+
+constexpr std::array<Family, 4> kFamilies{{{"LlamaForCausalLM", llama},
+                                           {"MistralForCausalLM", mistral},
+                                           {"Qwen2ForCausalLM", qwen2},
+                                           {"Qwen3ForCausalLM", qwen3}}};
+
+std::string architecture_of(const nlohmann::json& config, const std::string& file) {
+    const auto list = config.find("architectures");
+    if (list == config.end() || !list->is_array() || list->size() != 1 || !list->front().is_string()) {
+        throw BadInput("{}: field 'architectures' must name the one architecture of the model", file);
+    }
+    return list->front().get<std::string>();
+}
+
+}  // namespace
+
+std::int64_t LinearGroup::rows() const {
+    return std::accumulate(linears.begin(), linears.end(), std::int64_t{0},
+                           [](std::int64_t sum, const Linear& linear) { return sum + linear.rows; });
+}
+
+std::string ModelGraph::in_block(int block, const std::string& name) const {
+    return block_prefix + std::to_string(block) + "." + name;
+}
+
+std::int64_t ModelGraph::block_parameters() const {
+    std::int64_t parameters = 0;
+    for (const Stage& stage : stages) parameters += stage.group.rows() * stage.group.columns();
+    return parameters;
+}
+
+std::vector<std::pair<std::string, std::int64_t>> ModelGraph::norms() const {
+    std::vector<std::pair<std::string, std::int64_t>> result;
+    for (const Stage& stage : stages) {
+        if (stage.input == StageInput::norm) result.emplace_back(stage.norm, hidden_size);
+    }
+    if (attention.qk_norm) {
+        result.emplace_back("self_attn.q_norm.weight", attention.head_dim);
+        result.emplace_back("self_attn.k_norm.weight", attention.head_dim);
+    }
+    return result;
+}
+
+ModelGraph build_model_graph(const nlohmann::json& json, const std::string& file) {
+    const std::string architecture = architecture_of(json, file);
+    for (const Family& family : kFamilies) {
+        if (family.architecture != architecture) continue;
+        ModelConfig config(json, file);
+        ModelGraph graph = family.build(config);
+        graph.architecture = architecture;
+        config.refuse_unread_mathematics();
+        return graph;
+    }
+    std::string known;
+    for (const Family& family : kFamilies) {
+        known += known.empty() ? "" : ", ";
+        known += family.architecture;
+    }
+    throw BadInput("{}: architecture '{}' is not supported ({})", file, architecture, known);
+}
+
+}  // namespace quantmill

@@ -1,0 +1,32 @@
+#include "pipeline/quantization_config.h"
+
+namespace quantmill {
+
+nlohmann::ordered_json to_json(const QuantizationConfig& config) {
+    const std::string format(name_of(config.format));
+    return {{"bits", config.bits},
+            {"group_size", config.group_size},
+            {"desc_act", config.desc_act},
+            {"sym", config.sym},
+            {"lm_head", false},
+            {"quant_method", "gptq"},
+            {"method", "gptq"},
+            {"checkpoint_format", format},
+            {"format", format},
+            {"pack_dtype", "int32"},
+            {"dynamic", nullptr},
+            {"meta",
+             {{"quantizer", {"quantmill:" + config.version}},
+              {"damp_percent", config.damp_percent},
+              {"damp_auto_increment", config.damp_auto_increment},
+              {"true_sequential", config.true_sequential}}}};
+}
+
+nlohmann::ordered_json quantized_config(const nlohmann::ordered_json& source,
+                                        const QuantizationConfig& config) {
+    nlohmann::ordered_json result = source;
+    result["quantization_config"] = to_json(config);
+    return result;
+}
+
+}  // namespace quantmill

@@ -1,0 +1,29 @@
+#pragma once
+
+#include <nlohmann/json.hpp>
+#include <string>
+
+#include "pipeline/gptq_format.h"
+
+namespace quantmill {
+
+// What config.json's quantization_config and quantize_config.json tell loaders.
+struct QuantizationConfig {
+    int bits = 4;
+    std::int64_t group_size = 128;  // -1: one group a row
+    bool sym = true;
+    bool desc_act = false;
+    double damp_percent = 0.05;
+    double damp_auto_increment = 0.01;
+    bool true_sequential = true;
+    GptqFormat format = GptqFormat::v1;
+    std::string version;  // of this program
+};
+
+nlohmann::ordered_json to_json(const QuantizationConfig& config);
+
+// config.json of the source with the quantization_config added.
+nlohmann::ordered_json quantized_config(const nlohmann::ordered_json& source,
+                                        const QuantizationConfig& config);
+
+}  // namespace quantmill
