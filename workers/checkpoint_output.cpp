@@ -1,0 +1,156 @@
+#include "workers/checkpoint_output.h"
+
+#include <algorithm>
+
+#include "jobs/text.h"
+#include "pipeline/model_card.h"
+#include "workers/placement.h"
+#include "workers/version.h"
+
+namespace quantmill {
+namespace {
+
+constexpr std::uint64_t kCopyPiece = std::uint64_t{64} << 20U;
+
+QuantizationConfig config_of(const JobSpec& spec) {
+    const QuantizationSpec& q = spec.quantization;
+    return {q.bits,
+            q.group_size,
+            q.sym,
+            q.desc_act,
+            q.damp_percent,
+            q.damp_auto_increment,
+            q.true_sequential,
+            gptq_format_from(spec.output.format),
+            version_number()};
+}
+
+std::string yes_no(bool value) { return value ? "true" : "false"; }
+
+// A row a kind of linear: how far the quantized outputs are from the original ones.
+std::vector<std::vector<std::string>> results_table(const Report& report) {
+    std::vector<std::vector<std::string>> rows{{"linear", "mean squared weight error", "loss per output"}};
+    std::vector<std::string> kinds;
+    for (const LinearReport& linear : report.linears) {
+        const std::string kind = linear.module.substr(linear.module.rfind('.') + 1);
+        if (std::find(kinds.begin(), kinds.end(), kind) == kinds.end()) kinds.push_back(kind);
+    }
+    for (const std::string& kind : kinds) {
+        double error = 0.0, loss = 0.0, count = 0.0;
+        for (const LinearReport& linear : report.linears) {
+            if (!linear.module.ends_with("." + kind)) continue;
+            error += linear.mean_squared_error;
+            loss += linear.loss / static_cast<double>(linear.rows);
+            count += 1.0;
+        }
+        rows.push_back({kind, fmt::format("{:.3g}", error / count), fmt::format("{:.3g}", loss / count)});
+    }
+    return rows;
+}
+
+ModelCard card_of(const PreparedJob& job, const Report& report) {
+    const QuantizationSpec& q = job.spec.quantization;
+    ModelCard card;
+    card.base_model = base_model_name(job.spec.model);
+    card.title =
+        fmt::format("{}, {}-bit GPTQ", card.base_model.substr(card.base_model.rfind('/') + 1), q.bits);
+    card.version = version_number();
+    card.quantization = {
+        {"bits", std::to_string(q.bits)},
+        {"group_size", std::to_string(q.group_size)},
+        {"sym", yes_no(q.sym)},
+        {"desc_act", yes_no(q.desc_act)},
+        {"damp_percent", fmt::format("{}", q.damp_percent)},
+        {"true_sequential", yes_no(q.true_sequential)},
+        {"checkpoint_format", job.spec.output.format},
+        {"bits per weight, all overhead counted", fmt::format("{:.2f}", bits_per_weight(report.linears))},
+        {"size",
+         fmt::format("{} (original: {})", bytes_text(report.output_bytes), bytes_text(report.source_bytes))}};
+    card.calibration = {{"sequences", std::to_string(report.sequences)},
+                        {"tokens", std::to_string(report.tokens)}};
+    card.results = results_table(report);
+    return card;
+}
+
+}  // namespace
+
+CheckpointOutput::CheckpointOutput(const PreparedJob& job, Control& control, Backend& backend)
+    : job_(job),
+      control_(control),
+      backend_(backend),
+      format_(gptq_format_from(job.spec.output.format)),
+      writer_(job.spec.output.directory, job.layout.shards,
+              output_shards_of_rank(job.layout.shards.size(), control.rank(), control.size())) {}
+
+void CheckpointOutput::copy_untouched() {
+    std::vector<std::byte> piece;
+    for (const std::string& name : job_.layout.copied) {
+        if (!writer_.owns(name)) continue;
+        const StoredTensor& tensor = job_.reader.find(name);
+        const std::string file = job_.reader.file_of(name).string();
+        for (std::uint64_t offset = 0; offset == 0 || offset < tensor.bytes(); offset += kCopyPiece) {
+            piece.resize(std::min(kCopyPiece, tensor.bytes() - offset));
+            job_.reader.read(name, offset, piece.data(), piece.size());
+            StoredTensor part = tensor;
+            part.shape = {
+                static_cast<std::int64_t>(piece.size() * 8 / safetensors_bits(tensor.dtype).value_or(8))};
+            part.end = part.begin + piece.size();
+            require_finite(part, piece.data(), file);
+            writer_.write_piece(name, offset, piece.data(), piece.size());
+        }
+    }
+}
+
+void CheckpointOutput::write_bias(const std::string& name, const Tensor& bias) {
+    if (!writer_.owns(name)) return;
+    Tensor half = backend_.empty(bias.shape(), DType::f16, name);
+    backend_.convert(bias, half);
+    std::vector<std::byte> bytes(half.view().size_bytes());
+    backend_.copy_to_host(half, bytes.data());
+    writer_.write(name, bytes.data(), bytes.size());
+}
+
+void CheckpointOutput::write_group(int block, const LinearGroup& group, const QuantizedLinear& quantized,
+                                   const std::vector<LinearWeights>& weights) {
+    std::int64_t row = 0;
+    for (std::size_t l = 0; l < group.linears.size(); ++l) {
+        const Linear& linear = group.linears[l];
+        const std::string prefix = job_.graph.in_block(block, linear.name);
+        const auto tensors = gptq_tensors(prefix, linear.rows, linear.columns, quantized.grid);
+        const bool any = std::any_of(tensors.begin(), tensors.end(),
+                                     [&](const StoredTensor& tensor) { return writer_.owns(tensor.name); });
+        if (any) {
+            for (const EncodedTensor& encoded :
+                 encode_gptq(backend_, prefix, quantized, row, row + linear.rows, format_)) {
+                if (writer_.owns(encoded.name)) {
+                    writer_.write(encoded.name, encoded.bytes.data(), encoded.bytes.size());
+                }
+            }
+        }
+        if (linear.bias) write_bias(prefix + ".bias", weights[l].bias);
+        row += linear.rows;
+    }
+}
+
+void CheckpointOutput::finish(const Report& report) {
+    writer_.finish();
+    control_.barrier();
+    if (control_.rank() == 0) write_documents(report);
+    control_.barrier();
+}
+
+void CheckpointOutput::write_documents(const Report& report) const {
+    const std::filesystem::path& directory = job_.spec.output.directory;
+    const QuantizationConfig config = config_of(job_.spec);
+    copy_companion_files(job_.spec.model, directory);
+    write_text(directory / "README.md", to_markdown(card_of(job_, report), job_.spec.model));
+    write_text(directory / "quantize_log.csv", to_csv(report));
+    write_text(directory / "report.json", to_json(report));
+    write_text(directory / "quantize_config.json", to_json(config).dump(2) + "\n");
+    // Parsed again in the order of the file, so that a diff against the source shows what changed.
+    const auto source = nlohmann::ordered_json::parse(read_text(job_.spec.model / "config.json"));
+    write_text(directory / "config.json", quantized_config(source, config).dump(2) + "\n");
+    write_text(directory / "model.safetensors.index.json", make_index_json(job_.layout.shards));
+}
+
+}  // namespace quantmill

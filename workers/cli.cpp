@@ -1,0 +1,224 @@
+#include "workers/cli.h"
+
+#include <fmt/format.h>
+
+#include <CLI/CLI.hpp>
+#include <algorithm>
+#include <cstdlib>
+
+#include "jobs/job_spec.h"
+#include "jobs/text.h"
+
+namespace quantmill {
+
+namespace {
+
+const std::vector<std::string> commands = {"run", "plan", "eval", "inspect"};
+const std::vector<std::string> log_levels = {"trace", "debug", "info", "warn", "error"};
+
+constexpr const char* exit_codes =
+    "Exit codes:\n"
+    "  0   done\n"
+    "  2   bad input: the job, a file or an option is wrong; trying again is useless\n"
+    "  70  internal error: please report it\n"
+    "  75  infrastructure fault (a rank, GPU, disk or network failed): trying again may help\n"
+    "  85  stopped on request, can be resumed\n";
+
+constexpr const char* main_help =
+    "Examples:\n"
+    "  quantmill plan job.yaml                            what would happen: memory, disk, time\n"
+    "  quantmill run job.yaml                             quantize on this machine\n"
+    "  mpirun -n 4 quantmill run job.yaml                 the same on four ranks, the same bytes\n"
+    "  quantmill eval --model DIR --tokens heldout.h5     perplexity before or after\n"
+    "  quantmill inspect DIR                              list and verify a checkpoint\n"
+    "  quantmill COMMAND --help                           everything about one command\n\n";
+
+constexpr const char* run_help =
+    "Reads the Hugging Face checkpoint that the job names, quantizes its linears with GPTQ block by block\n"
+    "and writes a GPTQ checkpoint, a report.json and a quantize_log.csv into output.directory. Makes the\n"
+    "checks of 'quantmill plan' first and refuses what cannot fit. Prints progress and, at the end, a table\n"
+    "with loss and time of each kind of linear.\n\n"
+    "Examples:\n"
+    "  quantmill run job.yaml\n"
+    "  quantmill run job.yaml --set quantization.bits=3 --set output.directory=out/W3\n"
+    "  mpirun -n 2 --bind-to none quantmill run job.yaml --overwrite\n"
+    "  srun --mpi=pmix quantmill run job.yaml --log-level debug\n\n";
+
+constexpr const char* plan_help =
+    "A dry run: reads headers, never weights, and prints the model, the memory of each rank, needed and "
+    "free\n"
+    "disk, which rank gets which sequences, rows and files, and an estimate of the time. Start it under the\n"
+    "same mpirun or srun as the run. Exits with 2 when the job could not run here.\n\n"
+    "Examples:\n"
+    "  quantmill plan job.yaml\n"
+    "  quantmill plan job.yaml --no-measure --set quantization.group_size=64\n"
+    "  srun --mpi=pmix quantmill plan job.yaml\n\n";
+
+constexpr const char* eval_help =
+    "Prints the perplexity of a checkpoint, quantized or not, on held-out tokens: exp of the mean loss of\n"
+    "each token given those before it in its sequence. Use texts that were not used for calibration.\n\n"
+    "Examples:\n"
+    "  quantmill eval --model models/Llama-3-8B --tokens heldout.h5\n"
+    "  mpirun -n 4 quantmill eval --model out/Llama-3-8B-W4g128 --tokens heldout.h5 --json eval.json\n\n";
+
+constexpr const char* inspect_help =
+    "Prints a table of a checkpoint (tensors, shapes, schemes, bits, size, bits a weight) and verifies it:\n"
+    "index against headers, file sizes, no missing or doubled tensor, codes and scales finite and in range.\n"
+    "Exits with 2 when something is wrong.\n\n"
+    "Examples:\n"
+    "  quantmill inspect out/Llama-3-8B-W4g128\n\n";
+
+std::string job_keys_help() {
+    std::vector<std::vector<std::string>> rows;
+    for (const auto& key : job_keys())
+        rows.push_back({key.path, fmt::format("{}: {} [{}]", key.meaning, key.values, key.default_value)});
+    return "Keys of a job file and of --set, with values and [default]; docs/job-spec.md explains them:\n" +
+           table_text(rows, "ll", 2) + '\n';
+}
+
+std::string more_help(const std::string& command) {
+    if (command == "run") return run_help + job_keys_help() + exit_codes;
+    if (command == "plan") return std::string(plan_help) + exit_codes;
+    if (command == "eval") return std::string(eval_help) + exit_codes;
+    if (command == "inspect") return std::string(inspect_help) + exit_codes;
+    return std::string(main_help) + exit_codes;
+}
+
+std::string selected(const CLI::App& app) {
+    const auto chosen = app.get_subcommands();
+    return chosen.empty() ? "" : chosen.front()->get_name();
+}
+
+// CLI11's text for the selected command, then ours: its own footers are wrapped by newer versions.
+std::string full_help(const CLI::App& app) {
+    auto text = app.help();
+    text.erase(text.find_last_not_of('\n') + 1);
+    return text + "\n\n" + more_help(selected(app));
+}
+
+// Everything that CLI11 writes into while it parses.
+struct Parsed {
+    RunCommand run;
+    PlanCommand plan;
+    EvalCommand eval;
+    InspectCommand inspect;
+    bool no_measure = false;
+    std::string log_level;
+};
+
+void add_job(CLI::App& command, std::filesystem::path& job, std::vector<std::string>& overrides) {
+    command.add_option("job", job, "The job file (YAML)")->required()->type_name("JOB.yaml");
+    command
+        .add_option("--set", overrides,
+                    "Replaces a key of the job, e.g. quantization.bits=3; repeatable, "
+                    "later ones win")
+        ->type_name("KEY=VALUE")
+        ->allow_extra_args(false);  // or it would swallow a job file that follows
+}
+
+void add_log_level(CLI::App& command, std::string& level) {
+    command.add_option("--log-level", level, "trace | debug | info | warn | error (also: QUANTMILL_LOG)")
+        ->type_name("LEVEL")
+        ->check(CLI::IsMember(log_levels).description(""));
+}
+
+void add_eval(CLI::App& command, EvalCommand& eval) {
+    command.add_option("--model", eval.model, "Checkpoint directory, quantized or not")
+        ->required()
+        ->type_name("DIR");
+    command.add_option("--tokens", eval.tokens, "Token store, from tools/calibrate.py")
+        ->required()
+        ->type_name("STORE.h5");
+    command.add_option("--sequence-length", eval.sequence_length, "Cut longer sequences [the store's]")
+        ->type_name("L")
+        ->check(CLI::Range(2, 1 << 30).description(""));  // one token predicts nothing
+    command.add_option("--sequences", eval.sequences, "Use the first N sequences [all]")
+        ->type_name("N")
+        ->check(CLI::Range(1, 1 << 30).description(""));
+    command.add_option("--json", eval.json, "Write the results to this file")->type_name("FILE");
+    command.add_option("--logits", eval.logits, "Write all logits to this file, for comparisons")
+        ->type_name("FILE.safetensors");
+    command.add_option("--backend", eval.backend, "auto | cpu | cuda [auto]")
+        ->type_name("NAME")
+        ->check(CLI::IsMember({"auto", "cpu", "cuda"}).description(""));
+    command.add_flag("--allow-tokenizer-mismatch", eval.allow_tokenizer_mismatch,
+                     "Accept a store made with another tokenizer");
+}
+
+void add_commands(CLI::App& app, Parsed& parsed) {
+    auto* run = app.add_subcommand("run", "Quantize a checkpoint as a job file says");
+    add_job(*run, parsed.run.job, parsed.run.overrides);
+    run->add_flag("--overwrite", parsed.run.overwrite, "Replace an earlier result in output.directory");
+    auto* plan = app.add_subcommand("plan", "Show what a run would need and do, without doing it");
+    add_job(*plan, parsed.plan.job, parsed.plan.overrides);
+    plan->add_flag("--no-measure", parsed.no_measure, "Do not measure this machine, estimate no time");
+    add_eval(*app.add_subcommand("eval", "Measure the perplexity of a checkpoint"), parsed.eval);
+    app.add_subcommand("inspect", "List and verify a checkpoint")
+        ->add_option("directory", parsed.inspect.directory, "Checkpoint directory")
+        ->required()
+        ->type_name("DIR");
+    for (auto* command : app.get_subcommands({})) add_log_level(*command, parsed.log_level);
+}
+
+PrintCommand mistake(const std::string& message, const std::string& command) {
+    const auto name = command.empty() ? "quantmill" : "quantmill " + command;
+    return {ExitCode::bad_input, fmt::format("{}: {}\nSee {} --help.\n", name, message, name)};
+}
+
+// A first word that is no command: CLI11 would only say that a command is missing.
+std::optional<PrintCommand> unknown_command(const std::string& word) {
+    if (word.starts_with('-') || std::ranges::find(commands, word) != commands.end()) return std::nullopt;
+    const auto nearest = nearest_word(word, commands);
+    return mistake(fmt::format("{} is not a command ({}){}", word, fmt::join(commands, " | "),
+                               nearest ? "; did you mean " + *nearest + "?" : ""),
+                   "");
+}
+
+std::optional<PrintCommand> choose_log_level(const std::string& option, std::string& level) {
+    const char* environment = std::getenv("QUANTMILL_LOG");
+    if (!option.empty()) {
+        level = option;
+    } else if (environment != nullptr && *environment != '\0') {
+        level = environment;
+        if (std::ranges::find(log_levels, level) == log_levels.end())
+            return mistake(fmt::format("QUANTMILL_LOG={} in the environment is not allowed ({})", level,
+                                       fmt::join(log_levels, " | ")),
+                           "");
+    }
+    return std::nullopt;
+}
+
+}  // namespace
+
+CommandLine parse_command_line(int argc, const char* const* argv, const std::string& version) {
+    CLI::App app("Turns a Hugging Face checkpoint into a GPTQ checkpoint, on one machine or many.",
+                 "quantmill");
+    Parsed parsed;
+    app.set_version_flag("--version", version, "Print commit, compilers and built backends");
+    app.require_subcommand(1);
+    add_commands(app, parsed);
+
+    if (argc < 2) return {PrintCommand{ExitCode::bad_input, full_help(app)}};
+    if (const auto print = unknown_command(argv[1])) return {*print};
+    try {
+        app.parse(argc, argv);
+    } catch (const CLI::CallForHelp&) {
+        return {PrintCommand{ExitCode::ok, full_help(app)}};
+    } catch (const CLI::CallForVersion&) {
+        return {PrintCommand{ExitCode::ok, version + '\n'}};
+    } catch (const CLI::ParseError& error) {
+        return {mistake(error.what(), selected(app))};
+    }
+
+    CommandLine line;
+    if (const auto print = choose_log_level(parsed.log_level, line.log_level)) return {*print};
+    parsed.plan.measure = !parsed.no_measure;
+    const auto command = selected(app);
+    if (command == "run") line.command = parsed.run;
+    if (command == "plan") line.command = parsed.plan;
+    if (command == "eval") line.command = parsed.eval;
+    if (command == "inspect") line.command = parsed.inspect;
+    return line;
+}
+
+}  // namespace quantmill

@@ -1,0 +1,156 @@
+#include "workers/inspect.h"
+
+#include <fmt/format.h>
+#include <fmt/ranges.h>
+
+#include <algorithm>
+#include <cctype>
+#include <map>
+#include <optional>
+
+#include "jobs/text.h"
+#include "pipeline/checkpoint_reader.h"
+#include "pipeline/gptq_format.h"
+
+namespace quantmill {
+namespace {
+
+constexpr std::string_view kQweight = ".qweight";
+
+// One line of the table: modules or tensors that differ in their block number only.
+struct Row {
+    std::string scheme, shape;
+    std::int64_t count = 0;
+    std::int64_t weights = 0;
+    std::uint64_t bytes = 0;
+};
+
+template <class T>
+std::vector<T> read_all(const CheckpointReader& reader, const StoredTensor& tensor) {
+    std::vector<T> values(tensor.bytes() / sizeof(T));
+    reader.read(tensor.name, values.data());
+    return values;
+}
+
+std::optional<GptqScheme> scheme_of(const CheckpointReader& reader) {
+    const auto config = reader.config().find("quantization_config");
+    if (config == reader.config().end() || config->is_null()) return std::nullopt;
+    return gptq_scheme_from(*config, (reader.directory() / "config.json").string());
+}
+
+// "model.layers.12.mlp" -> "model.layers.*.mlp"
+std::string without_numbers(const std::string& name) {
+    std::string result;
+    std::size_t begin = 0;
+    while (begin <= name.size()) {
+        const std::size_t end = std::min(name.find('.', begin), name.size());
+        const std::string part = name.substr(begin, end - begin);
+        const bool number = !part.empty() && std::all_of(part.begin(), part.end(), [](unsigned char c) {
+            return std::isdigit(c) != 0;
+        });
+        result += (begin == 0 ? "" : ".") + (number ? "*" : part);
+        begin = end + 1;
+    }
+    return result;
+}
+
+// Checks one quantized linear and says its size; `prefix` is its module name.
+Row inspect_linear(const CheckpointReader& reader, const std::string& prefix, const GptqScheme& scheme) {
+    const StoredTensor& qweight = reader.find(prefix + ".qweight");
+    if (qweight.shape.size() != 2 || qweight.shape[0] * 32 % scheme.grid.bits != 0) {
+        throw BadInput("{}: qweight of shape [{}] does not hold {}-bit codes", prefix,
+                       fmt::join(qweight.shape, ", "), scheme.grid.bits);
+    }
+    const std::int64_t rows = qweight.shape[1];
+    const std::int64_t columns = qweight.shape[0] * 32 / scheme.grid.bits;
+    QuantizationGrid grid = scheme.grid;
+    if (grid.group_size == 0) grid.group_size = columns;
+
+    Row row{fmt::format("{} {} bits g{}{}", name_of(scheme.format), grid.bits, grid.group_size,
+                        grid.sym ? "" : " asym"),
+            fmt::format("[{}, {}]", rows, columns), 1, rows * columns, 0};
+    for (const StoredTensor& expected : gptq_tensors(prefix, rows, columns, grid)) {
+        const StoredTensor& stored = reader.find(expected.name, expected.shape);
+        const bool scales = expected.name.ends_with(".scales");
+        if (stored.dtype != expected.dtype && !(scales && stored.dtype == "BF16")) {
+            throw BadInput("{}: dtype {} where {} is expected", stored.name, stored.dtype, expected.dtype);
+        }
+        if (scales) {
+            std::vector<std::byte> bytes(stored.bytes());
+            reader.read(stored.name, bytes.data());
+            require_finite(stored, bytes.data(), reader.file_of(stored.name).string());
+        }
+        row.bytes += stored.bytes();
+    }
+    const std::int64_t groups = grid.groups(columns);
+    for (const std::int32_t group : read_all<std::int32_t>(reader, reader.find(prefix + ".g_idx"))) {
+        if (group < 0 || group >= groups) {
+            throw BadInput("{}.g_idx: group {} is out of range (0 … {})", prefix, group, groups - 1);
+        }
+    }
+    return row;
+}
+
+bool belongs_to_quantized(const CheckpointReader& reader, const std::string& name) {
+    for (const std::string_view suffix : {".qzeros", ".scales", ".g_idx"}) {
+        if (name.ends_with(suffix)) {
+            return reader.contains(name.substr(0, name.size() - suffix.size()) + std::string(kQweight));
+        }
+    }
+    return false;
+}
+
+void add(std::map<std::string, Row>& rows, const std::string& name, const Row& row) {
+    const auto [it, fresh] = rows.try_emplace(without_numbers(name) + "\n" + row.scheme + row.shape, row);
+    if (fresh) return;
+    it->second.count += row.count;
+    it->second.weights += row.weights;
+    it->second.bytes += row.bytes;
+}
+
+std::string to_table(const std::map<std::string, Row>& rows) {
+    std::vector<std::vector<std::string>> cells{
+        {"tensors", "count", "scheme", "shape", "size", "bits/weight"}};
+    Row total;
+    for (const auto& [key, row] : rows) {
+        cells.push_back({key.substr(0, key.find('\n')), std::to_string(row.count), row.scheme, row.shape,
+                         bytes_text(row.bytes),
+                         row.weights == 0 ? ""
+                                          : fmt::format("{:.2f}", 8.0 * static_cast<double>(row.bytes) /
+                                                                      static_cast<double>(row.weights))});
+        total.count += row.count;
+        total.weights += row.weights;
+        total.bytes += row.bytes;
+    }
+    cells.push_back(
+        {"all", std::to_string(total.count), "", "", bytes_text(total.bytes),
+         fmt::format("{:.2f}", 8.0 * static_cast<double>(total.bytes) /
+                                   static_cast<double>(std::max<std::int64_t>(total.weights, 1)))});
+    return table_text(cells, "lrllrr");
+}
+
+}  // namespace
+
+std::string inspect_checkpoint(const std::filesystem::path& directory) {
+    const CheckpointReader reader(directory);
+    const std::optional<GptqScheme> scheme = scheme_of(reader);
+    std::map<std::string, Row> rows;
+    for (const auto& [name, tensor] : reader.tensors()) {
+        if (name.ends_with(kQweight)) {
+            if (!scheme)
+                throw BadInput("{}: {} is quantized, but config.json has no quantization_config",
+                               directory.string(), name);
+            const std::string prefix = name.substr(0, name.size() - kQweight.size());
+            add(rows, prefix, inspect_linear(reader, prefix, *scheme));
+        } else if (!belongs_to_quantized(reader, name)) {
+            add(rows, name,
+                {tensor.dtype, fmt::format("[{}]", fmt::join(tensor.shape, ", ")), 1, tensor.count(),
+                 tensor.bytes()});
+        }
+    }
+    return to_table(rows) +
+           fmt::format("\n{} file(s), {} tensors, verified: headers, index, shapes, scales and groups\n",
+                       reader.files().size(), reader.tensors().size());
+}
+
+}  // namespace quantmill

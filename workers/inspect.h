@@ -1,0 +1,13 @@
+#pragma once
+
+#include <filesystem>
+#include <string>
+
+namespace quantmill {
+
+// `quantmill inspect`: a table of a checkpoint directory, plain or GPTQ, as text. Throws BadInput for what is
+// wrong with it: index against headers, missing or doubled tensors, shapes against the scheme, scales not
+// finite, g_idx out of range.
+std::string inspect_checkpoint(const std::filesystem::path& directory);
+
+}  // namespace quantmill

@@ -1,0 +1,14 @@
+#pragma once
+
+#include "comm/communicator.h"
+#include "jobs/plan.h"
+#include "workers/prepared_job.h"
+
+namespace quantmill {
+
+// Works out who does what, what it takes and what speaks against it. Collective. `measure` times a matrix
+// product on every rank for half a second to predict the run time.
+Plan make_plan(const PreparedJob& job, Control& control, Backend& backend, const std::string& communicator,
+               bool measure);
+
+}  // namespace quantmill

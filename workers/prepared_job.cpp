@@ -1,0 +1,76 @@
+#include "workers/prepared_job.h"
+
+#include "pipeline/block_weights.h"
+
+namespace quantmill {
+namespace {
+
+void require_unquantized(const CheckpointReader& reader) {
+    const auto config = reader.config().find("quantization_config");
+    if (config == reader.config().end() || config->is_null()) return;
+    throw BadInput(
+        "{}: the model is quantized already (quantization_config in config.json): give the original",
+        reader.directory().string());
+}
+
+// Every tensor that the forward pass will need, with its shape and a dtype that can be computed with: found
+// wrong now rather than hours later.
+void require_tensors(const CheckpointReader& reader, const ModelGraph& graph) {
+    const auto require = [&reader](const std::string& name, const std::vector<std::int64_t>& shape) {
+        reader.find(name, shape);
+        weight_dtype(reader, name);
+    };
+    require(graph.embedding, {graph.vocab_size, graph.hidden_size});
+    require(graph.lm_head, {graph.vocab_size, graph.hidden_size});
+    require(graph.final_norm, {graph.hidden_size});
+    for (int block = 0; block < graph.blocks; ++block) {
+        for (const auto& [norm, length] : graph.norms()) require(graph.in_block(block, norm), {length});
+        for (const Stage& stage : graph.stages) {
+            for (const Linear& linear : stage.group.linears) {
+                const std::string name = graph.in_block(block, linear.name);
+                require(name + ".weight", {linear.rows, linear.columns});
+                if (linear.bias) {
+                    require(name + ".bias", {linear.rows});
+                } else if (reader.contains(name + ".bias")) {
+                    throw BadInput(
+                        "{}: tensor '{}.bias' is there, but config.json says that this linear has no bias",
+                        reader.directory().string(), name);
+                }
+            }
+        }
+    }
+}
+
+}  // namespace
+
+std::vector<std::int64_t> lengths_of(const std::vector<std::vector<std::int32_t>>& sequences) {
+    std::vector<std::int64_t> lengths;
+    for (const auto& sequence : sequences) lengths.push_back(static_cast<std::int64_t>(sequence.size()));
+    return lengths;
+}
+
+PreparedJob prepare_job(const JobSpec& spec) {
+    CheckpointReader reader(spec.model);
+    require_unquantized(reader);
+    ModelGraph graph = build_model_graph(reader.config(), (spec.model / "config.json").string());
+    require_tensors(reader, graph);
+
+    CalibrationStore calibration = load_calibration_store(
+        spec.calibration.tokens,
+        {spec.calibration.sequences, spec.calibration.sequence_length, graph.vocab_size,
+         spec.model / "tokenizer.json", spec.calibration.allow_tokenizer_mismatch});
+    std::vector<BatchShard> shards = plan_batch_shards(lengths_of(calibration.sequences));
+
+    const QuantizationSpec& quantization = spec.quantization;
+    OutputLayout layout =
+        plan_output(reader, graph, {quantization.bits, quantization.group_size, quantization.sym},
+                    spec.output.max_shard_size);
+    return {spec,
+            std::move(reader),
+            std::move(graph),
+            std::move(calibration),
+            std::move(shards),
+            std::move(layout)};
+}
+
+}  // namespace quantmill

@@ -1,0 +1,40 @@
+#pragma once
+
+#include <vector>
+
+#include "comm/control.h"
+#include "jobs/job_spec.h"
+#include "pipeline/batch_plan.h"
+#include "pipeline/calibration_store.h"
+#include "pipeline/checkpoint_reader.h"
+#include "pipeline/model_graph.h"
+#include "pipeline/output_layout.h"
+
+namespace quantmill {
+
+// A job with everything opened and checked that can be without reading a weight. Equal on all ranks.
+struct PreparedJob {
+    JobSpec spec;
+    CheckpointReader reader;
+    ModelGraph graph;
+    CalibrationStore calibration;
+    std::vector<BatchShard> shards;
+    OutputLayout layout;
+};
+
+// Throws BadInput for whatever is wrong with the model directory, the calibration store or their fit.
+PreparedJob prepare_job(const JobSpec& spec);
+
+// Lets rank 0 find what is wrong with the input, so that it is said once; the others follow when it is fine.
+template <class Prepare>
+auto rank_zero_first(Control& control, const Prepare& prepare) {
+    if (control.rank() != 0) control.barrier();
+    auto prepared = prepare();
+    if (control.rank() == 0) control.barrier();
+    return prepared;
+}
+
+// Lengths of sequences, in order.
+std::vector<std::int64_t> lengths_of(const std::vector<std::vector<std::int32_t>>& sequences);
+
+}  // namespace quantmill
