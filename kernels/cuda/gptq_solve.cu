@@ -1,0 +1,553 @@
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+
+#include "kernels/cuda/check.h"
+#include "kernels/cuda/convert.cuh"
+#include "kernels/cuda/launch.h"
+#include "kernels/cuda/mma.cuh"
+
+// One block of a solve, at most 128 columns, each at a place of 0 … 127 (SolveSlots). A warp owns 32
+// rows and walks the block in strips of 16 places: what the errors of earlier strips push onto a strip
+// comes from tensor cores (bf16 in two parts), inside the strip a thread walks its row in fp32.
+namespace quantmill::cuda {
+namespace {
+
+using bf16 = __nv_bfloat16;
+constexpr int kPlaces = kSolveBlock;
+constexpr int kStrip = 16;
+constexpr int kStrips = kPlaces / kStrip;
+constexpr float kHalfMax = 65504.0F;
+constexpr float kHalfSmallestNormal = 6.103515625e-05F;
+
+// --- Shared memory. ---
+
+// Rows of 128 floats, 16 bytes apart in banks: a warp reads 16 bytes a lane without conflicts, from
+// one row or from 32. A strip of a row, 64 bytes, holds 16 floats or 16 errors as bf16: high, then low.
+constexpr int kRowFloats = kPlaces + 4;
+// C_ij of strip s of columns and all earlier strips of rows, transposed: [16][16·s], rows padded by 16
+// bytes; one array of high parts, one of low parts.
+__host__ __device__ constexpr int factor_offset(int strip) { return 128 * (strip * strip - 1); }
+__host__ __device__ constexpr int factor_stride(int strip) { return kStrip * strip + 8; }
+constexpr int kFactorElements = factor_offset(kStrips);
+// Products on their way from tensor cores to rows, 16 floats a row, padded.
+constexpr int kStageFloats = kStrip + 4;
+
+template <int kRows>
+struct Shared {
+    float weights[kRows][kRowFloats];
+    float pushes[kRows][kRowFloats];  // then errors, strip by strip
+    float stage[kRows][kStageFloats];
+    float triangle[kStrips][kStrip][kStrip];  // C_ij inside a strip
+    float diagonal[kPlaces];                  // R_jj
+    bf16 factor_high[kFactorElements];
+    bf16 factor_low[kFactorElements];
+};
+
+// --- The grid, by the same rules as kernels/grid.h. ---
+
+__device__ float round_half_even(float x) {
+    constexpr float kShift = 0x1.8p23F;
+    return __fsub_rn(__fadd_rn(x, kShift), kShift);
+}
+
+struct Grid {
+    float scale, inverse, zero;
+};
+__device__ Grid make_grid(float scale, float zero) { return {scale, 1.0F / scale, zero}; }
+
+__device__ Grid group_grid(float low, float high, const SolveGrid& grid) {
+    const auto max_code = static_cast<float>((1 << grid.bits) - 1);
+    const auto storable = [](float scale) {
+        return to_float(from_float<__half>(fminf(fmaxf(scale, kHalfSmallestNormal), kHalfMax)));
+    };
+    if (grid.sym) {
+        const float scale = storable(2.0F * fmaxf(-low, high) / max_code);
+        return make_grid(scale, static_cast<float>(1 << (grid.bits - 1)));
+    }
+    const float scale = storable((high - low) / max_code);
+    return make_grid(scale, round_half_even(fminf(fmaxf(-low / scale, 0.0F), max_code)));
+}
+
+__device__ void store_grid(const SolveRows& rows, std::int64_t row, std::int64_t group, const Grid& grid) {
+    static_cast<__half*>(rows.scales)[row * rows.groups + group] = from_float<__half>(grid.scale);
+    rows.zeros[row * rows.groups + group] = static_cast<std::uint8_t>(grid.zero);
+}
+
+__device__ Grid load_grid(const SolveRows& rows, std::int64_t row, std::int64_t group) {
+    return make_grid(to_float(static_cast<const __half*>(rows.scales)[row * rows.groups + group]),
+                     static_cast<float>(rows.zeros[row * rows.groups + group]));
+}
+
+// --- A warp's strips. ---
+
+__device__ void load_floats(float (&out)[kStrip], const float* source) {
+#pragma unroll
+    for (int i = 0; i < kStrip; i += 4) {
+        const float4 four = *reinterpret_cast<const float4*>(source + i);
+        out[i] = four.x, out[i + 1] = four.y, out[i + 2] = four.z, out[i + 3] = four.w;
+    }
+}
+__device__ void store_floats(float* destination, const float (&values)[kStrip]) {
+#pragma unroll
+    for (int i = 0; i < kStrip; i += 4) {
+        *reinterpret_cast<float4*>(destination + i) =
+            make_float4(values[i], values[i + 1], values[i + 2], values[i + 3]);
+    }
+}
+
+// 16 floats as high and low bf16 parts in the 64 bytes of a strip.
+__device__ void store_parts(float* strip, const float (&values)[kStrip]) {
+    std::uint32_t words[kStrip];
+#pragma unroll
+    for (int i = 0; i < kStrip / 2; ++i) {
+        const __nv_bfloat162 high = __floats2bfloat162_rn(values[2 * i], values[2 * i + 1]);
+        words[i] = *reinterpret_cast<const std::uint32_t*>(&high);
+        words[kStrip / 2 + i] =
+            pack_bf16(values[2 * i] - __low2float(high), values[2 * i + 1] - __high2float(high));
+    }
+#pragma unroll
+    for (int i = 0; i < kStrip; i += 4) {
+        *reinterpret_cast<uint4*>(strip + i) = make_uint4(words[i], words[i + 1], words[i + 2], words[i + 3]);
+    }
+}
+__device__ void load_parts(float (&values)[kStrip], const float* strip) {
+    float words[kStrip];
+    load_floats(words, strip);
+#pragma unroll
+    for (int i = 0; i < kStrip / 2; ++i) {
+        const std::uint32_t high = __float_as_uint(words[i]);
+        const std::uint32_t low = __float_as_uint(words[kStrip / 2 + i]);
+        values[2 * i] = __uint_as_float(high << 16U) + __uint_as_float(low << 16U);
+        values[2 * i + 1] = __uint_as_float(high & 0xFFFF0000U) + __uint_as_float(low & 0xFFFF0000U);
+    }
+}
+
+template <int kRows>
+struct Walker {
+    Shared<kRows>& shared;
+    int row;  // of the tile, the thread's own
+    int lane;
+
+    // Σ errors · C over strips [first, strip) for the thread's row and the 16 places of a strip.
+    __device__ void products(float (&out)[kStrip], int first, int strip) const {
+        float sum[2][2][4] = {};
+        __syncwarp();  // the rows' errors are written, and the stage is read
+        const int stride = factor_stride(strip);
+        const int factor_row = factor_offset(strip) + (lane / 16 * 8 + lane % 8) * stride + lane / 8 % 2 * 8;
+        for (int k = first; k < strip; ++k) {
+            std::uint32_t high[4];
+            std::uint32_t low[4];
+            load_matrices(high, shared.factor_high + factor_row + k * kStrip);
+            load_matrices(low, shared.factor_low + factor_row + k * kStrip);
+#pragma unroll
+            for (int m = 0; m < 2; ++m) {
+                // Four floats are eight places.
+                const float* errors =
+                    &shared.pushes[row - lane + m * 16 + lane % 16][k * kStrip + lane / 16 * 4];
+                std::uint32_t a_high[4];
+                std::uint32_t a_low[4];
+                load_matrices(a_high, errors);
+                load_matrices(a_low, errors + kStrip / 2);
+#pragma unroll
+                for (int n = 0; n < 2; ++n) {
+                    multiply(sum[m][n], a_high, high[2 * n], high[2 * n + 1]);
+                    multiply(sum[m][n], a_high, low[2 * n], low[2 * n + 1]);
+                    multiply(sum[m][n], a_low, high[2 * n], high[2 * n + 1]);
+                }
+            }
+        }
+#pragma unroll
+        for (int m = 0; m < 2; ++m) {
+#pragma unroll
+            for (int n = 0; n < 2; ++n) {
+                float* target = &shared.stage[row - lane + m * 16 + lane / 4][n * 8 + lane % 4 * 2];
+                *reinterpret_cast<float2*>(target) = make_float2(sum[m][n][0], sum[m][n][1]);
+                *reinterpret_cast<float2*>(target + 8 * kStageFloats) =
+                    make_float2(sum[m][n][2], sum[m][n][3]);
+            }
+        }
+        __syncwarp();
+        load_floats(out, shared.stage[row]);
+    }
+
+    __device__ float* weights(int strip) const { return &shared.weights[row][strip * kStrip]; }
+    __device__ float* pushes(int strip) const { return &shared.pushes[row][strip * kStrip]; }
+
+    // Continues a strip of a group without quantizing: z = P · (I + triu(C, 1))⁻¹. Errors become −z, the
+    // range widens by w + z.
+    __device__ void continue_strip(int strip, int width, float& low, float& high) const {
+        float push[kStrip];
+        float weight[kStrip];
+        float pushed[kStrip];
+        products(push, 0, strip);
+        load_floats(pushed, pushes(strip));
+        load_floats(weight, weights(strip));
+#pragma unroll
+        for (int i = 0; i < kStrip; ++i) push[i] += pushed[i];
+#pragma unroll
+        for (int i = 0; i < kStrip; ++i) {
+            if (i < width) {
+                low = fminf(low, weight[i] + push[i]);
+                high = fmaxf(high, weight[i] + push[i]);
+            }
+            const float z = i < width ? push[i] : 0.0F;
+            const float* factors = shared.triangle[strip][i];
+#pragma unroll
+            for (int later = i + 1; later < kStrip; ++later) push[later] -= z * factors[later];
+            push[i] = -z;
+        }
+        store_parts(pushes(strip), push);
+    }
+
+    // Quantizes a strip. `continued`: the strip holds −z, what earlier groups and blocks push is in w + z,
+    // and only strips from `first` on, those of the group, push further, by S − q. Else it holds pushes
+    // and all strips push w − q.
+    __device__ void quantize_strip(int strip, int width, int first, bool continued, const Grid& grid,
+                                   float max_code, std::uint8_t (&codes)[kStrip], float& loss) const {
+        float push[kStrip];
+        float anchor[kStrip];  // w, or S = w + z
+        float error[kStrip];   // w − q, kept for later groups
+        products(push, first, strip);
+        load_floats(anchor, weights(strip));
+        {
+            float before[kStrip];
+            if (continued) {
+                load_parts(before, pushes(strip));
+            } else {
+                load_floats(before, pushes(strip));
+            }
+#pragma unroll
+            for (int i = 0; i < kStrip; ++i) {
+                error[i] = anchor[i];
+                if (continued) {
+                    anchor[i] -= before[i];
+                } else {
+                    push[i] += before[i];
+                }
+            }
+        }
+#pragma unroll
+        for (int i = 0; i < kStrip; ++i) {
+            const float target = anchor[i] + push[i];
+            const float steps =
+                round_half_even(fminf(fmaxf(target * grid.inverse, -grid.zero), max_code - grid.zero));
+            const float value = grid.scale * steps;
+            const float miss = (target - value) * shared.diagonal[strip * kStrip + i];
+            codes[i] = static_cast<std::uint8_t>(steps + grid.zero);
+            if (i < width) loss += miss * miss;
+            error[i] = i < width ? error[i] - value : 0.0F;
+            push[i] = i < width ? anchor[i] - value : 0.0F;
+            const float* factors = shared.triangle[strip][i];
+#pragma unroll
+            for (int later = i + 1; later < kStrip; ++later) push[later] += push[i] * factors[later];
+        }
+        if (continued) store_floats(weights(strip), error);
+        store_parts(pushes(strip), push);
+    }
+
+    // After a continued group its strips hold S − q; later groups want w − q.
+    __device__ void settle_strip(int strip) const {
+        float error[kStrip];
+        load_floats(error, weights(strip));
+        store_parts(pushes(strip), error);
+    }
+};
+
+// --- Between global and shared memory. ---
+
+// The block's places of the warp's rows; 16 bytes at a time where places are columns.
+template <int kRows>
+__device__ void load_rows(float (&tile)[kRows][kRowFloats], const float* source, std::int64_t ld,
+                          const SolveSlots& slots, int width, bool vectors, std::int64_t first_row,
+                          std::int64_t rows) {
+    const int lane = threadIdx.x % 32;
+    const int warp = threadIdx.x - lane;
+    for (int r = warp; r < warp + 32; ++r) {
+        const bool exists = first_row + r < rows;
+        const float* row = source + (exists ? (first_row + r) * ld : 0);
+        if (vectors) {
+            const bool valid = exists && lane * 4 < width;
+            copy_async_16(&tile[r][lane * 4], valid ? row + lane * 4 : source, valid);
+            continue;
+        }
+        for (int place = lane; place < kPlaces; place += 32) {
+            const int column = slots.column(place);
+            const bool valid = exists && column >= 0 && column < width;
+            copy_async_4(&tile[r][place], valid ? row + column : source, valid);
+        }
+    }
+}
+
+template <int kRows>
+__device__ void load_factor(Shared<kRows>& shared, const SolveRows& rows, const SolveBlock& block) {
+    const auto* parts = static_cast<const bf16*>(block.factor);
+    for (int j = kStrip + threadIdx.x / 16; j < kPlaces; j += kRows / 16) {
+        const int strip = j / kStrip;
+        const int column = rows.slots.column(j);
+        const bool valid = column >= 0 && column < block.width;
+        const bf16* source = parts + (valid ? column * block.ld_factor : 0);
+        const int target = factor_offset(strip) + j % kStrip * factor_stride(strip);
+        const int k = threadIdx.x % 16 * 8;
+        if (k >= strip * kStrip) continue;
+        copy_async_16(shared.factor_high + target + k, source + k, valid);
+        copy_async_16(shared.factor_low + target + k, source + kPlaces + k, valid);
+    }
+    for (int i = threadIdx.x / kStrip; i < kPlaces; i += kRows / kStrip) {
+        const int j = i / kStrip * kStrip + threadIdx.x % kStrip;
+        const int row = rows.slots.column(i);
+        const int column = rows.slots.column(j);
+        const bool valid = row >= 0 && row < block.width && column >= 0 && column < block.width;
+        const float* source =
+            valid ? rows.factor + (block.first + row) * rows.columns + block.first + column : rows.factor;
+        copy_async_4(&shared.triangle[i / kStrip][i % kStrip][j % kStrip], source, valid && i < j);
+        if (i == j) copy_async_4(&shared.diagonal[i], source, valid);
+    }
+}
+
+template <int kRows>
+__device__ Walker<kRows> make_walker(const SolveRows& rows, const SolveBlock& block, bool vectors) {
+    extern __shared__ __align__(16) unsigned char memory[];
+    auto& shared = *reinterpret_cast<Shared<kRows>*>(memory);
+    const std::int64_t first_row = static_cast<std::int64_t>(blockIdx.x) * kRows;
+    load_rows(shared.weights, rows.weights + block.first, rows.columns, rows.slots, block.width, vectors,
+              first_row, rows.rows);
+    load_rows(shared.pushes, block.pushes, block.ld_pushes, rows.slots, block.width, vectors, first_row,
+              rows.rows);
+    load_factor(shared, rows, block);
+    wait_for_copies();
+    __syncthreads();
+    return {shared, static_cast<int>(threadIdx.x), static_cast<int>(threadIdx.x % 32)};
+}
+
+// The warp's errors into their slot: 128 times high, high, low part; half a warp a row.
+template <int kRows>
+__device__ void store_errors(const Shared<kRows>& shared, const SolveRows& rows, const SolveBlock& block,
+                             int strips) {
+    __syncwarp();
+    const int lane = threadIdx.x % 32;
+    const int chunk = lane % 16;  // eight places
+    const std::int64_t first_row = static_cast<std::int64_t>(blockIdx.x) * kRows;
+    for (int r = threadIdx.x - lane + lane / 16; r < threadIdx.x - lane + 32; r += 2) {
+        if (first_row + r >= rows.rows) continue;
+        const float* strip = &shared.pushes[r][chunk / 2 * kStrip + chunk % 2 * 4];
+        uint4 high = *reinterpret_cast<const uint4*>(strip);
+        uint4 low = *reinterpret_cast<const uint4*>(strip + kStrip / 2);
+        if (chunk / 2 >= strips) high = low = make_uint4(0, 0, 0, 0);
+        auto* slot = reinterpret_cast<uint4*>(static_cast<bf16*>(rows.errors) +
+                                              (first_row + r) * rows.ld_errors + block.slot * kSolveSlot);
+        slot[chunk] = high;
+        slot[chunk + 16] = high;
+        slot[chunk + 32] = low;
+    }
+}
+
+__device__ void store_codes(std::uint8_t* destination, const std::uint8_t (&codes)[kStrip], int width) {
+    if (width == kStrip && reinterpret_cast<std::uintptr_t>(destination) % 16 == 0) {
+        std::uint32_t words[4] = {};
+#pragma unroll
+        for (int i = 0; i < kStrip; ++i) {
+            words[i / 4] |= static_cast<std::uint32_t>(codes[i]) << (i % 4 * 8);
+        }
+        *reinterpret_cast<uint4*>(destination) = make_uint4(words[0], words[1], words[2], words[3]);
+        return;
+    }
+#pragma unroll
+    for (int i = 0; i < kStrip; ++i) {
+        if (i < width) destination[i] = codes[i];
+    }
+}
+
+// --- The kernels. ---
+
+template <int kRows>
+__global__ void __launch_bounds__(kRows) solve_block_kernel(SolveRows rows, SolveBlock block, bool vectors) {
+    const auto walker = make_walker<kRows>(rows, block, vectors);
+    const std::int64_t row = static_cast<std::int64_t>(blockIdx.x) * kRows + threadIdx.x;
+    const bool mine = row < rows.rows;
+    const auto max_code = static_cast<float>((1 << rows.grid.bits) - 1);
+    const bool continued = !block.grid_known;
+    float loss = 0.0F;
+    int strips = 0;
+    for (int done = 0; done < block.width; done += rows.slots.piece) {
+        const int first = strips;
+        const int width = min(rows.slots.piece, block.width - done);
+        const int count = (width + kStrip - 1) / kStrip;
+        const std::int64_t group = (block.first + done) / rows.grid.group_size;
+        Grid grid = make_grid(1.0F, 0.0F);
+        if (continued) {
+            float low = 0.0F;
+            float high = 0.0F;
+            for (int s = 0; s < count; ++s) {
+                walker.continue_strip(first + s, min(kStrip, width - s * kStrip), low, high);
+            }
+            grid = group_grid(low, high, rows.grid);
+            if (mine) store_grid(rows, row, group, grid);
+        } else if (mine) {
+            grid = load_grid(rows, row, group);
+        }
+        for (int s = 0; s < count; ++s) {
+            const int strip_width = min(kStrip, width - s * kStrip);
+            std::uint8_t codes[kStrip];
+            walker.quantize_strip(first + s, strip_width, continued ? first : 0, continued, grid, max_code,
+                                  codes, loss);
+            if (mine) {
+                store_codes(rows.codes + row * rows.columns + block.first + done + s * kStrip, codes,
+                            strip_width);
+            }
+        }
+        if (continued) {
+            __syncwarp();
+            for (int s = 0; s < count; ++s) walker.settle_strip(first + s);
+        }
+        strips += rows.slots.padded / kStrip;
+    }
+    if (mine) rows.loss[row] = block.first == 0 ? loss : rows.loss[row] + loss;
+    store_errors(walker.shared, rows, block, strips);
+}
+
+// One block of a group that is wider than a block: widens ranges, leaves −z in the errors.
+template <int kRows>
+__global__ void __launch_bounds__(kRows)
+    continue_block_kernel(SolveRows rows, SolveBlock block, bool vectors, float2* ranges) {
+    const auto walker = make_walker<kRows>(rows, block, vectors);
+    const std::int64_t row = static_cast<std::int64_t>(blockIdx.x) * kRows + threadIdx.x;
+    float2 range = make_float2(0.0F, 0.0F);
+    const bool starts = block.first % rows.grid.group_size == 0;
+    if (row < rows.rows && !starts) range = ranges[row];
+    const int strips = (block.width + kStrip - 1) / kStrip;
+    for (int s = 0; s < strips; ++s) {
+        walker.continue_strip(s, min(kStrip, block.width - s * kStrip), range.x, range.y);
+    }
+    if (row < rows.rows) ranges[row] = range;
+    store_errors(walker.shared, rows, block, strips);
+}
+
+// A warp a row: the range of the original weights of columns [first, last) and zero.
+__global__ void weight_range_kernel(SolveRows rows, std::int64_t first, std::int64_t last, float2* ranges) {
+    const std::int64_t row = (static_cast<std::int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) / 32;
+    if (row >= rows.rows) return;
+    float low = 0.0F;
+    float high = 0.0F;
+    for (std::int64_t c = first + threadIdx.x % 32; c < last; c += 32) {
+        const float weight = rows.weights[row * rows.columns + c];
+        low = fminf(low, weight);
+        high = fmaxf(high, weight);
+    }
+    for (int offset = 16; offset > 0; offset /= 2) {
+        low = fminf(low, __shfl_xor_sync(0xFFFFFFFFU, low, offset));
+        high = fmaxf(high, __shfl_xor_sync(0xFFFFFFFFU, high, offset));
+    }
+    if (threadIdx.x % 32 == 0) ranges[row] = make_float2(low, high);
+}
+
+__global__ void group_grid_kernel(SolveRows rows, const float2* ranges, std::int64_t group) {
+    const std::int64_t row = static_cast<std::int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+    if (row >= rows.rows) return;
+    store_grid(rows, row, group, group_grid(ranges[row].x, ranges[row].y, rows.grid));
+}
+
+constexpr int kTileColumns = 32;
+constexpr int kTransposeThreads = 256;
+
+// One slot of rows i of the factor and 32 of a panel's columns j: out[j, slot] is 128 times C_ij's high
+// part, low part, high part; zero where i is not above j or the place is empty.
+__global__ void __launch_bounds__(kTransposeThreads)
+    factor_slots_kernel(const float* factor, std::int64_t columns, SolveSlots slots, std::int64_t first,
+                        std::int64_t last, bf16* out, std::int64_t ld) {
+    __shared__ float tile[kPlaces][kTileColumns + 1];
+    const std::int64_t slot = blockIdx.x;
+    const std::int64_t top = slots.first(slot);
+    const std::int64_t bottom = min(slots.first(slot + 1), columns);
+    const std::int64_t left = first + static_cast<std::int64_t>(blockIdx.y) * kTileColumns;
+    const int lane = threadIdx.x % kTileColumns;
+#pragma unroll 4
+    for (int r = threadIdx.x / kTileColumns; r < kPlaces; r += kTransposeThreads / kTileColumns) {
+        const int offset = slots.column(r);
+        const std::int64_t i = top + offset;
+        const std::int64_t j = left + lane;
+        const bool valid = offset >= 0 && i < bottom && j < last && i < j;
+        tile[r][lane] = valid ? factor[i * columns + j] : 0.0F;
+    }
+    __syncthreads();
+    const int i = threadIdx.x % kPlaces;
+    for (int c = threadIdx.x / kPlaces; c < kTileColumns && left + c < last;
+         c += kTransposeThreads / kPlaces) {
+        bf16* target = out + (left + c - first) * ld + slot * kSolveSlot + i;
+        const bf16 high = from_float<bf16>(tile[i][c]);
+        target[0] = high;
+        target[kPlaces] = from_float<bf16>(tile[i][c] - to_float(high));
+        target[2 * kPlaces] = high;
+    }
+}
+
+// Whether places are columns and rows of weights and pushes may be moved 16 bytes at a time.
+bool places_are_vectors(const SolveRows& rows, const SolveBlock& block) {
+    const auto bits = reinterpret_cast<std::uintptr_t>(rows.weights + block.first) |
+                      reinterpret_cast<std::uintptr_t>(block.pushes);
+    return rows.slots.piece == rows.slots.padded && block.width % 4 == 0 && rows.columns % 4 == 0 &&
+           block.ld_pushes % 4 == 0 && bits % 16 == 0;
+}
+
+template <class Kernel, class... Rest>
+void launch(Kernel kernel, const char* name, int rows_per_block, std::size_t shared_bytes,
+            const SolveRows& rows, const SolveBlock& block, cudaStream_t stream, Rest... rest) {
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                               static_cast<int>(shared_bytes)),
+          "cudaFuncSetAttribute for a solve", {{"shared bytes", static_cast<long long>(shared_bytes)}});
+    const dim3 grid(static_cast<unsigned>(divide_up(rows.rows, rows_per_block)));
+    kernel<<<grid, rows_per_block, shared_bytes, stream>>>(rows, block, places_are_vectors(rows, block),
+                                                           rest...);
+    check_launch(name, grid, rows_per_block);
+}
+
+bool shared_memory_holds(std::size_t bytes) {
+    int device = 0;
+    int most = 0;
+    check(cudaGetDevice(&device), "cudaGetDevice");
+    check(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
+          "cudaDeviceGetAttribute", {{"device", device}});
+    return static_cast<std::size_t>(most) >= bytes;
+}
+
+}  // namespace
+
+void factor_slots(const float* factor, std::int64_t columns, const SolveSlots& slots, std::int64_t count,
+                  std::int64_t first, std::int64_t last, void* out, std::int64_t ld, cudaStream_t stream) {
+    const dim3 grid(static_cast<unsigned>(count),
+                    static_cast<unsigned>(divide_up(last - first, kTileColumns)));
+    factor_slots_kernel<<<grid, kTransposeThreads, 0, stream>>>(factor, columns, slots, first, last,
+                                                                static_cast<bf16*>(out), ld);
+    check_launch("factor_slots_kernel", grid, kTransposeThreads);
+}
+
+void solve_block(const SolveRows& rows, const SolveBlock& block, cudaStream_t stream) {
+    if (shared_memory_holds(sizeof(Shared<64>))) {
+        launch(solve_block_kernel<64>, "solve_block_kernel", 64, sizeof(Shared<64>), rows, block, stream);
+    } else {
+        launch(solve_block_kernel<32>, "solve_block_kernel", 32, sizeof(Shared<32>), rows, block, stream);
+    }
+}
+
+void continue_block(const SolveRows& rows, const SolveBlock& block, void* ranges, cudaStream_t stream) {
+    launch(continue_block_kernel<32>, "continue_block_kernel", 32, sizeof(Shared<32>), rows, block, stream,
+           static_cast<float2*>(ranges));
+}
+
+void weight_range(const SolveRows& rows, std::int64_t first, std::int64_t last, void* ranges,
+                  cudaStream_t stream) {
+    constexpr int kThreads = 256;
+    const dim3 grid(static_cast<unsigned>(divide_up(rows.rows * 32, kThreads)));
+    weight_range_kernel<<<grid, kThreads, 0, stream>>>(rows, first, last, static_cast<float2*>(ranges));
+    check_launch("weight_range_kernel", grid, kThreads);
+}
+
+void group_grid(const SolveRows& rows, const void* ranges, std::int64_t group, cudaStream_t stream) {
+    constexpr int kThreads = 256;
+    const dim3 grid(static_cast<unsigned>(divide_up(rows.rows, kThreads)));
+    group_grid_kernel<<<grid, kThreads, 0, stream>>>(rows, static_cast<const float2*>(ranges), group);
+    check_launch("group_grid_kernel", grid, kThreads);
+}
+
+}  // namespace quantmill::cuda

@@ -1,0 +1,115 @@
+#include <algorithm>
+#include <cstdint>
+
+#include "kernels/cuda/cuda_backend.h"
+#include "kernels/cuda/launch.h"
+#include "kernels/error.h"
+#include "kernels/shape_check.h"
+
+namespace quantmill {
+namespace {
+
+// Columns of the triangle that one product computes: narrower ones waste less above the diagonal, wider
+// ones run faster (bench/RESULTS.md).
+constexpr std::int64_t kBlockColumns = 2048;
+// Tokens that one product sums in the tensor cores' accumulators before they meet the fp32 master.
+constexpr std::int64_t kChunkTokens = 8192;
+
+std::int64_t square_order(const ConstTensorView& h, std::string_view operation) {
+    const bool square = h.shape().rank() == 2 && h.extent(0) == h.extent(1);
+    require_operands(square && h.dtype() == DType::f32, operation, {h});
+    return h.extent(0);
+}
+
+void require_length(std::size_t length, std::int64_t order, std::string_view operation) {
+    if (static_cast<std::int64_t>(length) != order) {
+        throw InternalError("{}: {} values for a matrix of order {}", operation, length, order);
+    }
+}
+
+const float* floats(const ConstTensorView& view) { return reinterpret_cast<const float*>(view.bytes()); }
+float* floats(const TensorView& view) { return reinterpret_cast<float*>(view.bytes()); }
+const std::int32_t* integers(const ConstTensorView& view) {
+    return reinterpret_cast<const std::int32_t*>(view.bytes());
+}
+
+}  // namespace
+
+void CudaBackend::accumulate_hessian(ConstTensorView x, TensorView h) {
+    const std::int64_t order = square_order(h, "accumulate_hessian");
+    const std::int64_t tokens = x.shape().rank() == 2 ? x.extent(0) : 0;
+    require_operands(is(x, DType::bf16, {tokens, order}), "accumulate_hessian", {x, h});
+    for (std::int64_t token = 0; token < tokens; token += kChunkTokens) {
+        const auto chunk = x.rows(token, std::min(token + kChunkTokens, tokens));
+        for (std::int64_t column = 0; column < order; column += kBlockColumns) {
+            const std::byte* columns =
+                chunk.bytes() + column * static_cast<std::int64_t>(size_of(DType::bf16));
+            float* block = floats(h) + column * order + column;
+            gemm_->run({.input = CUDA_R_16BF,
+                        .output = CUDA_R_32F,
+                        .rows = order - column,
+                        .columns = std::min(kBlockColumns, order - column),
+                        .depth = chunk.extent(0),
+                        .ldx = order,
+                        .ldy = order,
+                        .ldd = order,
+                        .x_by_depth = true,
+                        .beta = 1.0F},
+                       {columns, columns, block, block}, stream_);
+        }
+    }
+}
+
+std::vector<float> CudaBackend::read_diagonal(ConstTensorView h) {
+    const std::int64_t order = square_order(h, "read_diagonal");
+    Tensor diagonal = empty({order}, DType::f32, "a Hessian's diagonal");
+    cuda::read_diagonal(floats(h), order, floats(diagonal.view()), stream_);
+    return download<float>(diagonal);
+}
+
+void CudaBackend::write_diagonal(std::span<const float> values, TensorView h) {
+    const std::int64_t order = square_order(h, "write_diagonal");
+    require_length(values.size(), order, "write_diagonal");
+    const Tensor diagonal = upload(values, "a Hessian's diagonal");
+    cuda::write_diagonal(floats(diagonal.view()), order, floats(h), stream_);
+}
+
+void CudaBackend::add_fixed_point(ConstTensorView h, std::span<const std::int32_t> exponents,
+                                  TensorView sum) {
+    const std::int64_t order = square_order(h, "add_fixed_point");
+    require_length(exponents.size(), order, "add_fixed_point");
+    require_operands(is(sum, DType::i64, {order * (order + 1) / 2}), "add_fixed_point", {h, sum});
+    const Tensor device_exponents = upload(exponents, "fixed-point exponents");
+    Tensor misfits = empty({1}, DType::i32, "fixed-point misfits");
+    zero(misfits);
+    cuda::add_fixed_point(floats(h), integers(device_exponents.view()), order,
+                          reinterpret_cast<std::int64_t*>(sum.bytes()),
+                          reinterpret_cast<int*>(misfits.view().bytes()), stream_);
+    if (download<std::int32_t>(misfits).front() != 0) {
+        throw InternalError(
+            "add_fixed_point: values of the Hessian are not finite or exceed the headroom "
+            "of the fixed-point scales");
+    }
+}
+
+void CudaBackend::from_fixed_point(ConstTensorView sum, std::span<const std::int32_t> exponents,
+                                   double factor, TensorView h) {
+    const std::int64_t order = square_order(h, "from_fixed_point");
+    require_length(exponents.size(), order, "from_fixed_point");
+    require_operands(is(sum, DType::i64, {order * (order + 1) / 2}), "from_fixed_point", {sum, h});
+    const Tensor device_exponents = upload(exponents, "fixed-point exponents");
+    cuda::from_fixed_point(reinterpret_cast<const std::int64_t*>(sum.bytes()),
+                           integers(device_exponents.view()), factor, order, floats(h), stream_);
+}
+
+void CudaBackend::permute_symmetric(ConstTensorView source, std::span<const std::int32_t> order,
+                                    TensorView h) {
+    const std::int64_t n = square_order(h, "permute_symmetric");
+    require_length(order.size(), n, "permute_symmetric");
+    require_operands(is(source, DType::f32, {n, n}) && source.bytes() != h.bytes(), "permute_symmetric",
+                     {source, h});
+    const Tensor device_order = upload(order, "column order");
+    cuda::permute_symmetric(floats(source), integers(device_order.view()), n, floats(h), stream_);
+}
+
+}  // namespace quantmill

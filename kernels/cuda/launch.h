@@ -1,0 +1,140 @@
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+#include "kernels/dtype.h"
+
+// Our kernels, each behind a function that checks the launch. Pointers are device memory, matrices
+// row-major; bf16 where nothing else is said. kernels/backend.h says what each operation does.
+namespace quantmill::cuda {
+
+// --- elementwise.cu ---
+void convert(const void* source, DType from, void* destination, DType to, std::int64_t count,
+             cudaStream_t stream);
+void embed(const std::int32_t* ids, const void* table, DType dtype, std::int64_t tokens, std::int64_t columns,
+           void* out, cudaStream_t stream);
+void rms_norm(const void* x, const float* weight, float eps, std::int64_t rows, std::int64_t columns,
+              void* out, cudaStream_t stream);
+// out[t, r] += bias[r]; out is bf16 or f32.
+void add_bias(const float* bias, std::int64_t rows, std::int64_t columns, DType dtype, void* out,
+              cudaStream_t stream);
+void add(const void* x, void* accumulated, std::int64_t count, cudaStream_t stream);
+void rope(void* x, const std::int32_t* offsets, int sequences, std::int64_t tokens, int heads, int head_dim,
+          const float* cos_sin, std::int64_t positions, cudaStream_t stream);
+void silu_mul(const void* gate, const void* up, void* out, std::int64_t count, cudaStream_t stream);
+void cross_entropy(const float* logits, const std::int32_t* targets, std::int64_t rows, std::int64_t columns,
+                   double* out, cudaStream_t stream);
+void permute_columns(const void* x, DType dtype, const std::int32_t* order, std::int64_t rows,
+                     std::int64_t columns, void* out, cudaStream_t stream);
+
+void zero_columns(const std::int32_t* which, std::int64_t count, std::int64_t rows, std::int64_t columns,
+                  float* x, cudaStream_t stream);
+void squared_distance(const float* a, const float* b, std::int64_t rows, std::int64_t columns, double* out,
+                      cudaStream_t stream);
+
+// --- attention.cu ---
+inline constexpr int kWidestHead = 256;
+struct AttentionShape {
+    int sequences, longest, heads, kv_heads, head_dim;
+    float scale;
+    int window;  // INT_MAX when all earlier tokens are seen
+};
+void attention(const AttentionShape& shape, const void* q, const void* k, const void* v,
+               const std::int32_t* offsets, void* out, cudaStream_t stream);
+
+// --- hessian.cu ---
+void read_diagonal(const float* h, std::int64_t n, float* diagonal, cudaStream_t stream);
+void write_diagonal(const float* diagonal, std::int64_t n, float* h, cudaStream_t stream);
+// *misfits becomes positive when a value is not finite or leaves the range.
+void add_fixed_point(const float* h, const std::int32_t* exponents, std::int64_t n, std::int64_t* sum,
+                     int* misfits, cudaStream_t stream);
+void from_fixed_point(const std::int64_t* sum, const std::int32_t* exponents, double factor, std::int64_t n,
+                      float* h, cudaStream_t stream);
+void permute_symmetric(const float* source, const std::int32_t* order, std::int64_t n, float* h,
+                       cudaStream_t stream);
+
+// --- cholesky.cu ---
+// H = R·Rᵀ of one diagonal block of at most kCholeskyBlock columns, in place as Rᵀ in the lower
+// triangle of block [n, n] (leading dimension ld); inverse [kCholeskyBlock, kCholeskyBlock] gets
+// R⁻ᵀ. Sets *failed when a pivot is not positive.
+inline constexpr int kCholeskyBlock = 128;
+void cholesky_block(float* block, int n, std::int64_t ld, float* inverse, int* failed, cudaStream_t stream);
+// rows [n, columns] = inverseᵀ · rows, and each element in two bf16 parts, high + low, that carry 16 of
+// its bits: left[column, ld_parts] gets 128 times high, high, low part and right high, low, high, so
+// that left · rightᵀ is the product of the rows but for low · low. n <= kCholeskyBlock, the rest is zero.
+void cholesky_panel(float* rows, const float* inverse, int n, std::int64_t columns, std::int64_t ld,
+                    void* left, void* right, std::int64_t ld_parts, cudaStream_t stream);
+// h[i, j] = h[j, i] / h[j, j] for i < j.
+void cholesky_finish(float* h, std::int64_t n, cudaStream_t stream);
+
+// --- gptq_solve.cu ---
+inline constexpr int kSolveBlock = 128;             // columns that one kernel quantizes
+inline constexpr int kSolveSlot = 3 * kSolveBlock;  // bf16 elements that stand for them in a product
+struct SolveGrid {
+    int bits;
+    std::int64_t group_size;
+    bool sym;
+};
+// Which columns a slot's 128 places hold. A slot has `width` columns; `per_run` slots make a run of `run`
+// columns, whose last slot may be short. Pieces of `piece` columns begin at multiples of `padded` places.
+struct SolveSlots {
+    std::int64_t width, run, per_run;
+    int piece, padded;
+    constexpr std::int64_t first(std::int64_t slot) const {
+        return slot / per_run * run + slot % per_run * width;
+    }
+    constexpr std::int64_t of(std::int64_t column) const {  // the first column of a slot
+        return column / run * per_run + column % run / width;
+    }
+    // The place's column in the slot, or -1.
+    constexpr int column(int place) const {
+        return place % padded < piece ? place / padded * piece + place % padded : -1;
+    }
+};
+// What all blocks of a solve share: R rows, C columns, G groups.
+struct SolveRows {
+    const float* weights;  // [R, C]
+    const float* factor;   // [C, C]: C_ij above the diagonal, R_jj on it
+    void* errors;          // bf16 [R, ld_errors]: slots of W − Q, each 128 times high, high, low part
+    std::uint8_t* codes;   // [R, C]
+    void* scales;          // f16 [R, G]
+    std::uint8_t* zeros;   // [R, G]
+    float* loss;           // [R]
+    std::int64_t rows, columns, groups, ld_errors;
+    SolveGrid grid;
+    SolveSlots slots;
+};
+struct SolveBlock {
+    std::int64_t first;  // column
+    std::int64_t slot;
+    int width;           // columns
+    const void* factor;  // bf16: its columns' rows of factor_slots, at its slot
+    std::int64_t ld_factor;
+    const float* pushes;  // [R, ld_pushes]: what the errors of all columns before it add to its targets
+    std::int64_t ld_pushes;
+    bool grid_known;  // scales and zeros of its group are stored already
+};
+void solve_block(const SolveRows& rows, const SolveBlock& block, cudaStream_t stream);
+// For groups wider than a block: ranges float2 [R] get the least and greatest updated weight of the
+// group's blocks so far, errors get −z (gptq_solve.cpp).
+void continue_block(const SolveRows& rows, const SolveBlock& block, void* ranges, cudaStream_t stream);
+void weight_range(const SolveRows& rows, std::int64_t first, std::int64_t last, void* ranges,
+                  cudaStream_t stream);
+void group_grid(const SolveRows& rows, const void* ranges, std::int64_t group, cudaStream_t stream);
+// Columns [first, last) of the factor [columns, columns] as rows of out, bf16 [last − first, ld]: `count`
+// slots, each 128 times high, low, high part; zero on and below the diagonal.
+void factor_slots(const float* factor, std::int64_t columns, const SolveSlots& slots, std::int64_t count,
+                  std::int64_t first, std::int64_t last, void* out, std::int64_t ld, cudaStream_t stream);
+
+// --- pack.cu ---
+void dequantize(const std::uint8_t* codes, const void* scales, const std::uint8_t* zeros,
+                const std::int32_t* g_idx, std::int64_t rows, std::int64_t columns, std::int64_t groups,
+                DType dtype, void* out, cudaStream_t stream);
+void pack(const std::uint8_t* codes, std::int64_t rows, std::int64_t columns, int bits, std::int32_t* packed,
+          cudaStream_t stream);
+void unpack(const std::int32_t* packed, std::int64_t rows, std::int64_t columns, int bits,
+            std::uint8_t* codes, cudaStream_t stream);
+
+}  // namespace quantmill::cuda

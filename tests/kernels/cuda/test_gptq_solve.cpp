@@ -1,0 +1,153 @@
+#include "tests/kernels/cuda/fixture.h"
+
+namespace quantmill::testing {
+namespace {
+
+struct Solution {
+    std::vector<std::uint8_t> codes, zeros;
+    std::vector<float> scales, loss;
+    bool operator==(const Solution&) const = default;
+};
+
+class Solve : public CudaTest {
+protected:
+    struct Problem {
+        std::int64_t rows, columns;
+        std::vector<float> weights, factor;  // factor: upper triangle defined, the rest NaN
+    };
+
+    // Weights that vary by row, and the CPU's fp32 factor of a damped Hessian of correlated columns.
+    Problem make(std::int64_t rows, std::int64_t columns) {
+        const std::int64_t tokens = columns + columns / 2 + 5;
+        std::vector<float> x = normal(tokens * columns);
+        for (std::int64_t i = 0; i < tokens * columns; ++i) {
+            if (i % columns > 0) x[i] += 0.6F * x[i - 1];
+            x[i] *= 0.3F + static_cast<float>(i % columns % 5);
+        }
+        Tensor h = cpu().empty({columns, columns}, DType::f32, "test");
+        cpu().zero(h);
+        cpu().accumulate_hessian(put(cpu(), x, {tokens, columns}), h);
+        std::vector<float> diagonal = cpu().read_diagonal(h);
+        double mean = 0.0;
+        for (const float value : diagonal) mean += value / static_cast<double>(columns);
+        for (float& value : diagonal) value += static_cast<float>(0.05 * mean);
+        cpu().write_diagonal(diagonal, h);
+        EXPECT_TRUE(cpu().reverse_cholesky(h));
+        Problem problem{rows, columns, normal(rows * columns, 0.02F), get<float>(h)};
+        for (std::int64_t i = 0; i < columns; ++i) {
+            for (std::int64_t j = 0; j < i; ++j) problem.factor[i * columns + j] = std::nanf("");
+        }
+        return problem;
+    }
+
+    static Solution solve(Backend& backend, const Problem& p, const QuantizationGrid& grid,
+                          std::int64_t begin, std::int64_t end) {
+        const Tensor weights = put(backend, p.weights, {p.rows, p.columns});
+        const Tensor factor = put(backend, p.factor, {p.columns, p.columns});
+        const std::int64_t rows = end - begin;
+        const std::int64_t groups = grid.groups(p.columns);
+        Tensor codes = poisoned(backend, {rows, p.columns}, DType::u8);
+        Tensor scales = poisoned(backend, {rows, groups}, DType::f16);
+        Tensor zeros = poisoned(backend, {rows, groups}, DType::u8);
+        Tensor loss = poisoned(backend, {rows}, DType::f32);
+        backend.gptq_solve(ConstTensorView(weights).rows(begin, end), factor, grid, {codes, scales, zeros},
+                           loss);
+        return {get<std::uint8_t>(codes), get<std::uint8_t>(zeros), get_floats(scales), get<float>(loss)};
+    }
+    static Solution solve(Backend& backend, const Problem& p, const QuantizationGrid& grid) {
+        return solve(backend, p, grid, 0, p.rows);
+    }
+
+    static void expect_agreement(const Problem& p, const QuantizationGrid& grid) {
+        SCOPED_TRACE(::testing::Message()
+                     << p.rows << " x " << p.columns << ", " << grid.bits << " bits, groups of "
+                     << grid.group_size << (grid.sym ? ", symmetric" : ", asymmetric"));
+        const Solution expected = solve(cpu(), p, grid);
+        const Solution actual = solve(cuda(), p, grid);
+        std::size_t different = 0;
+        for (std::size_t i = 0; i < expected.codes.size(); ++i) {
+            if (actual.codes[i] != expected.codes[i]) ++different;
+            ASSERT_LE(actual.codes[i], grid.max_code());
+        }
+        const double share = static_cast<double>(different) / static_cast<double>(expected.codes.size());
+        // fp32 itself, on both sides, moves a target by 2⁻²⁴ of 256 steps of 8 bits, and a code that
+        // flips takes its neighbours along.
+        EXPECT_LE(share, grid.bits == 8 ? 0.002 : 0.001);
+        double expected_loss = 0.0;
+        double loss = 0.0;
+        for (std::int64_t r = 0; r < p.rows; ++r) {
+            expected_loss += expected.loss[r];
+            loss += actual.loss[r];
+        }
+        // A flipped code sends its row another way, so only the sum over rows is comparable.
+        EXPECT_NEAR(loss, expected_loss, 0.001 * expected_loss);
+        std::size_t scales = 0;
+        for (std::size_t i = 0; i < expected.scales.size(); ++i) {
+            if (actual.scales[i] != expected.scales[i]) ++scales;
+        }
+        // Where a scale lies next to a rounding boundary of fp16, another order of sums may cross it.
+        EXPECT_LE(scales, 2 + expected.scales.size() * 3 / 100);
+    }
+};
+
+TEST_F(Solve, agrees_with_the_cpu) {
+    const Problem p = make(512, 512);
+    for (const int bits : {2, 3, 4, 8}) {
+        for (const std::int64_t group : {16, 32, 64, 128, 256, 512}) {
+            for (const bool sym : {true, false}) expect_agreement(p, {bits, group, sym});
+        }
+    }
+}
+
+TEST_F(Solve, agrees_at_unusual_shapes) {
+    for (const auto& [rows, columns, group] : {std::tuple{1, 1, 1},
+                                               {1, 130, 128},
+                                               {70, 100, 7},
+                                               {65, 333, 48},
+                                               {33, 450, 200},
+                                               {20, 1500, 130},
+                                               {64, 1300, 64}}) {
+        const Problem p = make(rows, columns);
+        expect_agreement(p, {4, group, true});
+        expect_agreement(p, {4, group, false});
+    }
+}
+
+TEST_F(Solve, agrees_over_several_panels) {
+    const Problem p = make(512, 2048);
+    for (const std::int64_t group : {32, 128, 1024, 2048}) {
+        expect_agreement(p, {4, group, true});
+        expect_agreement(p, {3, group, false});
+    }
+}
+
+TEST_F(Solve, a_row_gets_the_same_bytes_in_any_company_and_in_every_run) {
+    const Problem p = make(300, 1280);
+    for (const std::int64_t group : {128, 256, 1280}) {
+        const QuantizationGrid grid{4, group, true};
+        const Solution all = solve(cuda(), p, grid);
+        EXPECT_EQ(solve(cuda(), p, grid), all);
+        for (const auto& [begin, end] : {std::pair{0, 1}, {37, 45}, {100, 291}, {299, 300}}) {
+            const Solution some = solve(cuda(), p, grid, begin, end);
+            const std::vector<std::uint8_t> codes(all.codes.begin() + begin * p.columns,
+                                                  all.codes.begin() + end * p.columns);
+            EXPECT_EQ(some.codes, codes) << begin;
+            EXPECT_EQ(some.loss, std::vector<float>(all.loss.begin() + begin, all.loss.begin() + end));
+        }
+    }
+}
+
+TEST_F(Solve, zero_weights_stay_zero) {
+    Problem p = make(10, 256);
+    std::fill(p.weights.begin(), p.weights.end(), 0.0F);
+    for (const bool sym : {true, false}) {
+        const Solution solution = solve(cuda(), p, {4, 128, sym});
+        for (std::size_t i = 0; i < solution.codes.size(); ++i) {
+            ASSERT_EQ(solution.codes[i], solution.zeros[i / 128]);
+        }
+        for (const float loss : solution.loss) ASSERT_EQ(loss, 0.0F);
+    }
+}
+
+}  // namespace
+}  // namespace quantmill::testing
