@@ -1,0 +1,140 @@
+#include "comm/communicator.h"
+
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <numeric>
+#include <random>
+
+#include "comm/mpi_communicator.h"
+#include "tests/comm/memory_backend.h"
+#include "tests/mpi_main.h"
+
+namespace quantmill {
+namespace {
+
+// Host memory, and device memory that is staged in pieces of some odd size.
+struct Memory {
+    bool host;
+    std::size_t staging_bytes;
+};
+
+class CommunicatorTest : public testing::TestWithParam<Memory> {
+protected:
+    CommunicatorTest() { RecordProperty("seed", std::to_string(test_seed())); }
+
+    template <class T>
+    Tensor upload(const std::vector<T>& values, Shape shape) {
+        Tensor tensor = backend_.empty(shape, dtype_of<T>, "test");
+        backend_.copy_from_host(values.data(), tensor);
+        return tensor;
+    }
+    template <class T>
+    std::vector<T> download(const Tensor& tensor) {
+        std::vector<T> values(static_cast<std::size_t>(tensor.shape().count()));
+        backend_.copy_to_host(tensor, values.data());
+        return values;
+    }
+    std::vector<float> random_floats(std::int64_t count) {
+        std::vector<float> values(static_cast<std::size_t>(count));
+        for (float& value : values) value = static_cast<float>(random_() % 1'000'000);
+        return values;
+    }
+
+    Control& control_ = test_control();
+    MemoryBackend backend_{GetParam().host};
+    std::unique_ptr<Communicator> communicator_ =
+        make_mpi_communicator(control_, backend_, GetParam().staging_bytes);
+    std::mt19937_64 random_{test_seed()};  // the same numbers on every rank
+};
+
+TEST_P(CommunicatorTest, BroadcastFromEveryRoot) {
+    for (int root = 0; root < control_.size(); ++root) {
+        for (const std::int64_t rows : {std::int64_t{0}, std::int64_t{1}, std::int64_t{37}}) {
+            const std::vector<float> values = random_floats(rows * 13);
+            const std::vector<float> nothing(values.size(), -1.0F);
+            const Shape shape{rows, 13};
+            Tensor tensor = upload(control_.rank() == root ? values : nothing, shape);
+            communicator_->broadcast(tensor, root);
+            EXPECT_EQ(download<float>(tensor), values);
+        }
+    }
+}
+
+TEST_P(CommunicatorTest, SumsAreExact) {
+    const auto count = static_cast<std::int64_t>(1 + random_() % 5000);
+    std::vector<std::int64_t> values(static_cast<std::size_t>(count));
+    std::vector<std::int64_t> expected(values.size());
+    const std::int64_t ranks = control_.size();
+    for (std::size_t i = 0; i < values.size(); ++i) {
+        const auto base = static_cast<std::int64_t>(random_() >> 8U) - (std::int64_t{1} << 54U);
+        values[i] = base + control_.rank();
+        expected[i] = base * ranks + ranks * (ranks - 1) / 2;
+    }
+    Tensor sum = upload(values, {count});
+    communicator_->all_sum(sum);
+    EXPECT_EQ(download<std::int64_t>(sum), expected);
+}
+
+TEST_P(CommunicatorTest, OnlyIntegersAreSummed) {
+    Tensor sum = upload(std::vector<float>{1.0F}, {1});
+    EXPECT_THROW(communicator_->all_sum(sum), InternalError);
+}
+
+// Cuts `rows` at random places, so that some ranges are empty, and deals them to ranks in any order.
+std::vector<RowRange> random_ranges(std::int64_t rows, int ranks, std::mt19937_64& random) {
+    std::vector<std::int64_t> cuts{0, rows};
+    while (cuts.size() < static_cast<std::size_t>(ranks) + 1) {
+        cuts.push_back(static_cast<std::int64_t>(random() % (static_cast<std::uint64_t>(rows) + 1)));
+    }
+    std::sort(cuts.begin(), cuts.end());
+    std::vector<RowRange> ranges;
+    for (std::size_t i = 0; i + 1 < cuts.size(); ++i) ranges.push_back({cuts[i], cuts[i + 1]});
+    std::shuffle(ranges.begin(), ranges.end(), random);
+    return ranges;
+}
+
+TEST_P(CommunicatorTest, GathersRowsOfAnySplit) {
+    for (int round = 0; round < 20; ++round) {
+        const auto rows = static_cast<std::int64_t>(random_() % 40);
+        const auto columns = static_cast<std::int64_t>(1 + random_() % 50);
+        const std::vector<float> values = random_floats(rows * columns);
+        const std::vector<RowRange> ranges = random_ranges(rows, control_.size(), random_);
+        const RowRange own = ranges.at(static_cast<std::size_t>(control_.rank()));
+        std::vector<float> mine(values.size(), -1.0F);
+        std::copy(values.begin() + own.begin * columns, values.begin() + own.end * columns,
+                  mine.begin() + own.begin * columns);
+        Tensor tensor = upload(mine, {rows, columns});
+        communicator_->all_gather_rows(tensor, ranges);
+        EXPECT_EQ(download<float>(tensor), values) << "round " << round;
+    }
+}
+
+TEST_P(CommunicatorTest, RefusesRangesThatOverlapOrDoNotExist) {
+    Tensor tensor = upload(std::vector<float>(10), {5, 2});
+    const auto ranks = static_cast<std::size_t>(control_.size());
+    std::vector<RowRange> ranges(ranks);
+    ranges[0] = {0, 6};
+    EXPECT_THROW(communicator_->all_gather_rows(tensor, ranges), InternalError);
+    ranges.resize(ranks + 1);
+    EXPECT_THROW(communicator_->all_gather_rows(tensor, ranges), InternalError);
+    if (ranks == 1) return;
+    ranges.resize(ranks);
+    ranges[0] = {0, 3};
+    ranges[1] = {2, 5};
+    EXPECT_THROW(communicator_->all_gather_rows(tensor, ranges), InternalError);
+}
+
+INSTANTIATE_TEST_SUITE_P(Memories, CommunicatorTest,
+                         testing::Values(Memory{true, 0}, Memory{false, 100},
+                                         Memory{false, std::size_t{64} << 20U}));
+
+TEST(MakeCommunicator, KnowsItsKinds) {
+    MemoryBackend backend(true);
+    EXPECT_EQ(make_communicator("auto", test_control(), backend)->name(), "mpi");
+    EXPECT_EQ(make_communicator("mpi", test_control(), backend)->name(), "mpi");
+    EXPECT_THROW(make_communicator("gloo", test_control(), backend), BadInput);
+}
+
+}  // namespace
+}  // namespace quantmill

@@ -1,0 +1,80 @@
+#pragma once
+
+#include <cstdlib>
+#include <cstring>
+
+#include "kernels/backend.h"
+
+namespace quantmill {
+
+// The memory of a backend and nothing else, for tests of what moves tensors. As a device its pointers
+// lie far from any host memory, so that dereferencing one crashes.
+class MemoryBackend final : public Backend {
+public:
+    explicit MemoryBackend(bool host) : host_(host) {}
+
+    std::string name() const override { return "memory"; }
+    std::string description() const override { return "memory"; }
+    DType activation_dtype() const override { return DType::f32; }
+    std::size_t free_memory() const override { return std::size_t{1} << 30U; }
+    bool host_memory() const override { return host_; }
+    void* allocate(std::size_t bytes, const std::string&) override {
+        return moved(std::malloc(bytes == 0 ? 1 : bytes), offset());
+    }
+    void deallocate(void* memory) noexcept override { std::free(moved(memory, -offset())); }
+    void copy_from_host(const void* source, TensorView destination) override {
+        if (destination.empty()) return;
+        std::memcpy(moved(destination.bytes(), -offset()), source, destination.size_bytes());
+    }
+    void copy_to_host(ConstTensorView source, void* destination) override {
+        if (source.empty()) return;
+        const void* memory = moved(const_cast<std::byte*>(source.bytes()), -offset());
+        std::memcpy(destination, memory, source.size_bytes());
+    }
+    void synchronize() override {}
+
+    void copy(ConstTensorView, TensorView) override { unused(); }
+    void zero(TensorView) override { unused(); }
+    void convert(ConstTensorView, TensorView) override { unused(); }
+    void embed(std::span<const std::int32_t>, ConstTensorView, TensorView) override { unused(); }
+    void rms_norm(ConstTensorView, ConstTensorView, float, TensorView) override { unused(); }
+    void linear(ConstTensorView, ConstTensorView, ConstTensorView, TensorView) override { unused(); }
+    void add(ConstTensorView, TensorView) override { unused(); }
+    void rope(TensorView, const Sequences&, ConstTensorView) override { unused(); }
+    void attention(ConstTensorView, ConstTensorView, ConstTensorView, const Sequences&,
+                   const AttentionOptions&, TensorView) override {
+        unused();
+    }
+    void silu_mul(ConstTensorView, ConstTensorView, TensorView) override { unused(); }
+    std::vector<double> cross_entropy(ConstTensorView, std::span<const std::int32_t>) override { unused(); }
+    void accumulate_hessian(ConstTensorView, TensorView) override { unused(); }
+    std::vector<float> read_diagonal(ConstTensorView) override { unused(); }
+    void write_diagonal(std::span<const float>, TensorView) override { unused(); }
+    void add_fixed_point(ConstTensorView, std::span<const std::int32_t>, TensorView) override { unused(); }
+    void from_fixed_point(ConstTensorView, std::span<const std::int32_t>, double, TensorView) override {
+        unused();
+    }
+    void permute_symmetric(ConstTensorView, std::span<const std::int32_t>, TensorView) override { unused(); }
+    bool reverse_cholesky(TensorView) override { unused(); }
+    void permute_columns(ConstTensorView, std::span<const std::int32_t>, TensorView) override { unused(); }
+    void zero_columns(std::span<const std::int32_t>, TensorView) override { unused(); }
+    std::vector<double> squared_distance(ConstTensorView, ConstTensorView) override { unused(); }
+    void gptq_solve(ConstTensorView, ConstTensorView, const QuantizationGrid&, QuantizedViews,
+                    TensorView) override {
+        unused();
+    }
+    void dequantize(ConstQuantizedViews, std::span<const std::int32_t>, TensorView) override { unused(); }
+    void pack(ConstTensorView, int, TensorView) override { unused(); }
+    void unpack(ConstTensorView, int, TensorView) override { unused(); }
+
+private:
+    std::ptrdiff_t offset() const { return host_ ? 0 : std::ptrdiff_t{1} << 50U; }
+    static void* moved(void* memory, std::ptrdiff_t distance) {
+        return reinterpret_cast<void*>(reinterpret_cast<std::intptr_t>(memory) + distance);
+    }
+    [[noreturn]] static void unused() { throw InternalError("moving tensors computes nothing"); }
+
+    bool host_;
+};
+
+}  // namespace quantmill

@@ -1,0 +1,82 @@
+"""Perplexity of the quantized demo model against recorded figures of GPTQModel, of ourselves and of plain rounding."""
+
+import hashlib
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+import pytest
+from program import DEMO, ROOT, Run, write_job
+
+FIGURES = ROOT / "bench" / "peers"
+MODEL, CALIBRATION, EVALUATION = DEMO / "SmolLM2-135M-Instruct", DEMO / "calib.h5", DEMO / "eval.h5"
+PARITY = 1.015  # median against median, each over four orders of the calibration sequences
+# One order against a median of four: another order, or another order of summation, moves the perplexity by 1 to 2 % at 4
+# bits and by up to 6 % at 3 bits (GPTQModel's own orders: 36.5 to 37.0, 64.3 to 70.9). Mistakes cost far more: without the
+# update of later columns it is plain rounding, 7 % and 160 % above.
+NOISE = {4: 1.02, 3: 1.04}
+ROUNDING = {4: 0.97, 3: 0.5}  # GPTQ gains little at 4 bits, half and more at 3
+ENVIRONMENT = {"OMP_NUM_THREADS": "2", "QUANTMILL_TIMEOUT": "1000"}
+
+
+def sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def recorded(tool: str) -> dict[str, Any] | None:
+    file = FIGURES / f"{tool}.json"
+    return json.loads(file.read_text()) if file.exists() else None
+
+
+def median(figures: dict[str, Any], tool: str, bits: int) -> float:
+    runs = [run["perplexity"] for run in figures["runs"] if run["bits"] == bits and run["tool"] == tool]
+    assert len(runs) == 4
+    return statistics.median(runs)
+
+
+@pytest.fixture(scope="module")
+def figures() -> dict[str, Any]:
+    """GPTQModel's, which hold for these very inputs only."""
+    found = recorded("gptqmodel")
+    assert found
+    inputs = {"model": MODEL / "model.safetensors", "calibration": CALIBRATION, "evaluation": EVALUATION}
+    for name, file in inputs.items():
+        if not file.exists():
+            pytest.skip(f"no {file}: tools/demo_data.sh makes it")
+        if sha256(file) != found["inputs"][name]:
+            pytest.skip(f"{file} is not the {name} of the recorded figures: bench/compare_gptqmodel.py records new ones")
+    assert found["inputs"]["group_size"] == 64
+    return found
+
+
+def perplexity(quantmill: Run, model: Path, file: Path) -> float:
+    quantmill("eval", "--model", model, "--tokens", EVALUATION, "--json", file, environment=ENVIRONMENT, timeout=1500)
+    return json.loads(file.read_text())["perplexity"]
+
+
+def test_unquantized(quantmill: Run, figures: dict[str, Any], tmp_path: Path) -> None:
+    assert perplexity(quantmill, MODEL, tmp_path / "eval.json") == pytest.approx(figures["unquantized"], rel=1e-3)
+
+
+@pytest.mark.parametrize("bits", [4, 3])
+def test_quantized(quantmill: Run, figures: dict[str, Any], tmp_path: Path, bits: int) -> None:
+    job = write_job(tmp_path / "job.yaml", MODEL, CALIBRATION, tmp_path / "out", {"bits": bits, "group_size": 64})
+    quantmill("run", job, environment=ENVIRONMENT, timeout=1500)
+    got = perplexity(quantmill, tmp_path / "out", tmp_path / "eval.json")
+    peer = median(figures, "gptqmodel", bits)
+    print(f"{bits} bits: perplexity {got:.3f}, GPTQModel's median {peer:.3f}, rounded to nearest {figures['round_to_nearest'][str(bits)]:.3f}")
+    assert figures["unquantized"] < got < ROUNDING[bits] * figures["round_to_nearest"][str(bits)]
+    assert got <= PARITY * NOISE[bits] * peer
+    if own := recorded("quantmill"):
+        assert got <= NOISE[bits] * median(own, "quantmill", bits)
+
+
+@pytest.mark.parametrize("bits", [4, 3])
+def test_recorded_medians(figures: dict[str, Any], bits: int) -> None:
+    own = recorded("quantmill")
+    if own is None:
+        pytest.skip("no bench/peers/quantmill.json: bench/compare_gptqmodel.py --quantmill records it")
+    assert own["inputs"] == figures["inputs"]
+    assert median(own, "quantmill", bits) <= PARITY * median(figures, "gptqmodel", bits)

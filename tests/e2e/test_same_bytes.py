@@ -1,0 +1,103 @@
+"""Any number of ranks and threads, and any placement, writes the same bytes."""
+
+import csv
+import hashlib
+import io
+import os
+import random
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import FAMILIES, INDEX, make_checkpoint
+from program import DEMO, Run, random_sequences, write_job, write_store
+
+SECONDS = 60  # for random models
+PLACEMENTS = [(1, 1), (1, 2), (2, 1), (2, 2), (3, 2), (4, 1), (7, 1)]  # ranks, threads
+
+
+def digests(output: Path) -> dict[str, str]:
+    """What must not depend on the placement: weights, index, configs, card, and all of the log but its times."""
+    wanted = [*output.glob("*.safetensors"), *(output / name for name in (INDEX, "config.json", "quantize_config.json", "README.md"))]
+    found = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in wanted}
+    assert any(name.endswith(".safetensors") for name in found)
+    for line in csv.DictReader(io.StringIO((output / "quantize_log.csv").read_text())):
+        found[line["module"]] = str({key: value for key, value in line.items() if not key.endswith("_seconds")})
+    return found
+
+
+def quantize(quantmill: Run, job: Path, output: Path, ranks: int, threads: int, **options: Any) -> dict[str, str]:
+    environment = {"OMP_NUM_THREADS": str(threads), "QUANTMILL_TIMEOUT": "1000"}
+    quantmill("run", job, "--set", f"output.directory={output}", ranks=ranks, environment=environment, **options)
+    return digests(output)
+
+
+def test_demo_model(quantmill: Run, tmp_path: Path) -> None:
+    model, store = DEMO / "SmolLM2-135M-Instruct", DEMO / "calib.h5"
+    if not store.exists():
+        pytest.skip(f"no {store}: tools/demo_data.sh makes it")
+    job = write_job(tmp_path / "job.yaml", model, store, tmp_path / "out", {"bits": 4, "group_size": 64}, max_shard_size="30MB")
+    expected: dict[str, str] = {}
+    for ranks, threads in PLACEMENTS:
+        output = tmp_path / f"out-{ranks}-{threads}"
+        got = quantize(quantmill, job, output, ranks, threads, timeout=1500)
+        expected = expected or got
+        assert got == expected, f"{ranks} ranks, {threads} threads"
+        for file in output.glob("*.safetensors"):
+            file.unlink()
+
+
+def random_job(choose: random.Random, family: str, directory: Path) -> tuple[Path, dict[str, Any]]:
+    """A small model of the family, a store and a job, all by chance; and what was chosen, for the message."""
+    model: dict[str, Any] = {
+        "seed": choose.randrange(1000),
+        "dtype": choose.choice(["BF16", "F16", "F32"]),
+        "files": choose.choice([1, 3]),
+        "hidden_size": choose.choice([32, 64, 96, 160]),
+        "intermediate_size": choose.choice([32, 96, 192]),
+        "num_hidden_layers": choose.choice([1, 2, 3]),
+        "num_attention_heads": 4,
+        "num_key_value_heads": choose.choice([1, 2, 4]),
+        "tie_word_embeddings": choose.choice([True, False]),
+    }
+    if family in {"Llama", "Qwen3"}:
+        model["attention_bias"] = choose.choice([True, False])
+    if family == "Llama":
+        model["mlp_bias"] = choose.choice([True, False])
+    sym = choose.choice([True, False])
+    quantization = {
+        "bits": choose.choice([2, 3, 4, 8]),
+        "group_size": choose.choice([-1, 16, 32, 64, 128]),
+        "sym": sym,
+        "desc_act": choose.choice([True, False]),
+        "true_sequential": choose.choice([True, False]),
+    }
+    output = {
+        "format": choose.choice(["gptq", "gptq_v2"]) if sym else "gptq_v2",
+        "max_shard_size": choose.choice(["8kB", "40kB", "5GB"]),
+        "allow_unservable": True,  # groups need not divide the width
+    }
+    sequences = random_sequences(choose.randint(1, 21), choose.choice([17, 64, 150]), seed=model["seed"], vocabulary=256)
+    checkpoint = make_checkpoint(directory / "model", family, **model)
+    store = write_store(directory / "calib.h5", sequences, checkpoint, vocabulary=256)
+    job = write_job(directory / "job.yaml", checkpoint, store, directory / "out", quantization, **output)
+    return job, {"family": family, **model, **quantization, **output, "sequences": len(sequences)}
+
+
+def test_random_models(quantmill: Run, tmp_path: Path) -> None:
+    seed = int(os.environ.get("QUANTMILL_TEST_SEED", random.randrange(2**32)))
+    print(f"QUANTMILL_TEST_SEED={seed}")
+    choose = random.Random(seed)
+    begin = time.monotonic()
+    for case in range(100):
+        if case >= len(FAMILIES) and time.monotonic() - begin > SECONDS:
+            break
+        directory = tmp_path / str(case)
+        job, choices = random_job(choose, list(FAMILIES)[case % len(FAMILIES)], directory)
+        ranks, threads = choose.randint(2, 7), choose.choice([1, 2])
+        message = f"seed {seed}, case {case}: {ranks} ranks, {threads} threads, {choices}"
+        print(message)
+        expected = quantize(quantmill, job, directory / "alone", 1, 1)
+        assert quantize(quantmill, job, directory / "spread", ranks, threads) == expected, message
+    print(f"{case} random models")

@@ -1,0 +1,80 @@
+"""Checkpoints that we write, loaded by GPTQModel and by transformers: the same model as ours."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import (
+    make_model,
+    our_logits,
+    random_sequences,
+    relative_error,
+    their_logits,
+    write_job,
+    write_store,
+)
+from gptqmodel import BACKEND, GPTQModel
+from perplexity import load
+from transformers import AutoModelForCausalLM
+
+SCHEMES = [(bits, format, True) for bits in (2, 3, 4, 8) for format in ("gptq", "gptq_v2")]
+SCHEMES += [(bits, "gptq_v2", False) for bits in (2, 3, 4, 8)]
+Quantize = Callable[..., Path]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("tiny") / "model"
+    make_model(directory, "Llama")
+    return directory
+
+
+@pytest.fixture
+def quantize(quantmill: Callable[..., Any], model: Path, tmp_path: Path) -> Quantize:
+    """Quantizes the tiny model in groups of 64 and returns the checkpoint directory."""
+
+    def run(bits: int, format: str, sym: bool = True) -> Path:
+        output = tmp_path / "out"
+        store = write_store(tmp_path / "calib.h5", random_sequences(16, 128, seed=1), model)
+        scheme = {"bits": bits, "group_size": 64, "sym": sym}
+        quantmill("run", write_job(tmp_path / "job.yaml", model, store, output, scheme, format=format), ranks=1)
+        return output
+
+    return run
+
+
+def loaded_by_gptqmodel(directory: Path) -> torch.nn.Module:
+    """Its torch kernel in float32: it insists on loading in half precision."""
+    loaded = GPTQModel.load(str(directory), backend=BACKEND.GPTQ_TORCH, device="cpu", dtype=torch.float16)
+    return loaded.model.to(torch.float32)
+
+
+@pytest.mark.parametrize(("bits", "format", "sym"), SCHEMES)
+def test_gptqmodel_computes_what_we_compute(
+    quantmill: Callable[..., Any], quantize: Quantize, tmp_path: Path, bits: int, format: str, sym: bool
+) -> None:
+    output = quantize(bits, format, sym)
+    sequences = random_sequences(3, 100, seed=2)
+    store = write_store(tmp_path / "tokens.h5", sequences, output)
+    ours = our_logits(quantmill, output, store, tmp_path / "logits.safetensors")
+    assert relative_error(their_logits(loaded_by_gptqmodel(output), sequences), ours) <= 1e-2
+    assert relative_error(their_logits(load(output), sequences), ours) <= 1e-4  # the independent reader
+
+
+def test_transformers_loads_the_4_bit_checkpoint(quantize: Quantize) -> None:
+    """Its kernel for CPUs is not exact, so compare how well it predicts what the exact model holds most likely."""
+    output = quantize(4, "gptq")
+    sequences = random_sequences(3, 100, seed=2)
+    exact = their_logits(load(output), sequences)
+    loaded = AutoModelForCausalLM.from_pretrained(output, dtype=torch.float16, device_map="cpu")
+    got = their_logits(loaded, sequences)
+    likeliest = exact.argmax(axis=1)
+    assert perplexity(got, likeliest) == pytest.approx(perplexity(exact, likeliest), rel=0.02)
+
+
+def perplexity(logits: np.ndarray, labels: np.ndarray) -> float:
+    values = torch.from_numpy(logits).double()
+    return torch.nn.functional.cross_entropy(values, torch.from_numpy(labels)).exp().item()

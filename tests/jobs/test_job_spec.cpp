@@ -1,0 +1,401 @@
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <fstream>
+#include <random>
+#include <regex>
+
+#include "jobs/foreign_keys.h"
+#include "jobs/job_spec.h"
+#include "kernels/error.h"
+
+namespace quantmill {
+namespace {
+
+namespace fs = std::filesystem;
+
+const std::string minimal =
+    "model: models/tiny\n"
+    "output:\n"
+    "  directory: out/tiny\n"
+    "calibration:\n"
+    "  tokens: calib.h5\n";
+
+JobSpec parse(const std::string& text, const std::vector<std::string>& overrides = {}) {
+    return parse_job_spec(text, "/jobs/job.yaml", overrides);
+}
+
+// The message of the BadInput that parsing ends with.
+std::string error_of(const std::string& text, const std::vector<std::string>& overrides = {}) {
+    try {
+        parse(text, overrides);
+    } catch (const BadInput& error) {
+        return error.what();
+    }
+    return "no error";
+}
+
+std::string override_error(const std::string& override) { return error_of(minimal, {override}); }
+
+TEST(JobSpec, DefaultsAreTheDocumentedOnes) {
+    const auto spec = parse(minimal);
+    EXPECT_EQ(spec.model, "/jobs/models/tiny");
+    EXPECT_EQ(spec.output.directory, "/jobs/out/tiny");
+    EXPECT_EQ(spec.output.format, "gptq");
+    EXPECT_EQ(spec.output.max_shard_size, 5'000'000'000u);
+    EXPECT_EQ(spec.output.tensor_parallel, 1);
+    EXPECT_FALSE(spec.output.allow_unservable);
+    EXPECT_EQ(spec.calibration.tokens, "/jobs/calib.h5");
+    EXPECT_EQ(spec.calibration.sequences, std::nullopt);
+    EXPECT_EQ(spec.calibration.sequence_length, std::nullopt);
+    EXPECT_FALSE(spec.calibration.allow_tokenizer_mismatch);
+    EXPECT_EQ(spec.quantization.bits, 4);
+    EXPECT_EQ(spec.quantization.group_size, 128);
+    EXPECT_TRUE(spec.quantization.sym);
+    EXPECT_FALSE(spec.quantization.desc_act);
+    EXPECT_EQ(spec.quantization.damp_percent, 0.05);
+    EXPECT_EQ(spec.quantization.damp_auto_increment, 0.01);
+    EXPECT_TRUE(spec.quantization.true_sequential);
+    EXPECT_EQ(spec.compute.backend, "auto");
+    EXPECT_EQ(spec.compute.communicator, "auto");
+}
+
+const std::string complete = R"(
+model: /models/x
+output:
+  directory: /out/x
+  format: gptq_v2
+  max_shard_size: 1.5GB
+  serve: {tensor_parallel: 4}
+  allow_unservable: true
+calibration:
+  tokens: /calib.h5
+  sequences: 128
+  sequence_length: 512
+  allow_tokenizer_mismatch: true
+quantization:
+  bits: 3
+  group_size: -1
+  sym: false
+  desc_act: true
+  damp_percent: 1e-2
+  damp_auto_increment: 0.0025
+  true_sequential: false
+compute:
+  backend: cpu
+  communicator: mpi
+)";
+
+TEST(JobSpec, EveryKeyReachesItsMember) {
+    const auto spec = parse(complete);
+    EXPECT_EQ(spec.model, "/models/x");
+    EXPECT_EQ(spec.output.directory, "/out/x");
+    EXPECT_EQ(spec.output.format, "gptq_v2");
+    EXPECT_EQ(spec.output.max_shard_size, 1'500'000'000u);
+    EXPECT_EQ(spec.output.tensor_parallel, 4);
+    EXPECT_TRUE(spec.output.allow_unservable);
+    EXPECT_EQ(spec.calibration.tokens, "/calib.h5");
+    EXPECT_EQ(spec.calibration.sequences, 128);
+    EXPECT_EQ(spec.calibration.sequence_length, 512);
+    EXPECT_TRUE(spec.calibration.allow_tokenizer_mismatch);
+    EXPECT_EQ(spec.quantization.bits, 3);
+    EXPECT_EQ(spec.quantization.group_size, -1);
+    EXPECT_FALSE(spec.quantization.sym);
+    EXPECT_TRUE(spec.quantization.desc_act);
+    EXPECT_EQ(spec.quantization.damp_percent, 0.01);
+    EXPECT_EQ(spec.quantization.damp_auto_increment, 0.0025);
+    EXPECT_FALSE(spec.quantization.true_sequential);
+    EXPECT_EQ(spec.compute.backend, "cpu");
+    EXPECT_EQ(spec.compute.communicator, "mpi");
+    EXPECT_EQ(std::ranges::count(complete, ':'), static_cast<int>(job_keys().size()) + 5)
+        << "a key is missing from this test (5 sections)";
+}
+
+TEST(JobSpec, WrongValuesNameFileLineKeyAndWhatIsAllowed) {
+    const std::pair<const char*, const char*> cases[] = {
+        {"bits: 5", "bits: 5 is not allowed (2 | 3 | 4 | 8)"},
+        {"bits: four", "bits: four is not a whole number (2 | 3 | 4 | 8)"},
+        {"bits: 4.0", "bits: 4.0 is not a whole number (2 | 3 | 4 | 8)"},
+        {"bits: 99999999999", "bits: 99999999999 is not allowed (2 | 3 | 4 | 8)"},
+        {"bits: '4'", "bits: \"4\" is text: write the number without quotes (2 | 3 | 4 | 8)"},
+        {"bits:", "bits: has no value (2 | 3 | 4 | 8)"},
+        {"bits: ''", "bits: has no value (2 | 3 | 4 | 8)"},
+        {"bits: [4]", "bits: must be one value, not a list (2 | 3 | 4 | 8)"},
+        {"bits: {a: 4}", "bits: must be one value, not a map (2 | 3 | 4 | 8)"},
+        {"group_size: 48", "group_size: 48 is not allowed (-1 | 16 | 32 | 64 | 128 | 256 | 512 | 1024)"},
+        {"sym: yes", "sym: yes is not allowed (true | false)"},
+        {"sym: 'true'", "sym: \"true\" is not allowed (true | false)"},
+        {"damp_percent: 0", "damp_percent: 0 is not allowed (number > 0 and < 1)"},
+        {"damp_percent: 5%", "damp_percent: 5% is not a number (number > 0 and < 1)"},
+        {"damp_percent: nan", "damp_percent: nan is not a finite number (number > 0 and < 1)"},
+        {"damp_percent: .nan", "damp_percent: .nan is not a number (number > 0 and < 1)"},
+        {"damp_percent: -inf", "damp_percent: -inf is not a finite number (number > 0 and < 1)"},
+        {"damp_percent: 1e400", "damp_percent: 1e400 is not allowed (number > 0 and < 1)"},
+    };
+    for (const auto& [line, message] : cases)
+        EXPECT_EQ(error_of(minimal + "quantization:\n  " + line + "\n"),
+                  std::string("/jobs/job.yaml:7: quantization.") + message);
+    EXPECT_EQ(override_error("calibration.sequences=0"),
+              "--set calibration.sequences=0: calibration.sequences: 0 is not allowed "
+              "(whole number >= 1 | all)");
+}
+
+TEST(JobSpec, Sizes) {
+    const std::pair<const char*, std::uint64_t> cases[] = {
+        {"5GB", 5'000'000'000},   {"500MB", 500'000'000},
+        {"2GiB", 2'147'483'648},  {"123456", 123'456},
+        {"1.5GB", 1'500'000'000}, {"5 GB", 5'000'000'000},
+        {"4kB", 4'000},           {"4KB", 4'000},
+        {"512MiB", 536'870'912},  {"1TB", 1'000'000'000'000},
+        {"2048B", 2048},          {"0.5TiB", 549'755'813'888}};
+    for (const auto& [text, bytes] : cases)
+        EXPECT_EQ(parse(minimal, {std::string("output.max_shard_size=") + text}).output.max_shard_size, bytes)
+            << text;
+    for (const std::string text : {"5G", "GB", "five GB", "5 gigabytes", "inf", "nanGB", "5GB ", "1e3GB"})
+        EXPECT_NE(override_error("output.max_shard_size=" + text).find("is not a size"), std::string::npos)
+            << text << ": " << override_error("output.max_shard_size=" + text);
+    for (const std::string text : {"-5GB", "0", "999", "1e99", "99999999999TB"})
+        EXPECT_NE(override_error("output.max_shard_size=" + text).find("is not "), std::string::npos)
+            << text << ": " << override_error("output.max_shard_size=" + text);
+}
+
+TEST(JobSpec, UnknownKeysSuggestTheNearest) {
+    EXPECT_EQ(error_of(minimal + "quantization:\n  group_sise: 64\n"),
+              "/jobs/job.yaml:7: quantization.group_sise: unknown key; did you mean "
+              "quantization.group_size? quantization has bits, group_size, sym, desc_act, damp_percent, "
+              "damp_auto_increment, true_sequential");
+    EXPECT_EQ(error_of(minimal + "quantisation:\n  bits: 3\n"),
+              "/jobs/job.yaml:6: quantisation: unknown key; did you mean quantization? a job file has "
+              "model, output, calibration, quantization, compute");
+    // Right word, wrong place.
+    EXPECT_NE(error_of("bits: 3\n" + minimal)
+                  .find("job.yaml:1: bits: unknown key; did you mean "
+                        "quantization.bits?"),
+              std::string::npos);
+    EXPECT_NE(override_error("output.tensor_parallel=2").find("output.serve.tensor_parallel"),
+              std::string::npos);
+    // Nothing near: what there is, and no guess.
+    EXPECT_EQ(error_of("xylophone: 3\n" + minimal),
+              "/jobs/job.yaml:1: xylophone: unknown key; a job file has model, output, calibration, "
+              "quantization, compute");
+}
+
+TEST(JobSpec, NamesOfOtherToolsAreTranslated) {
+    const std::pair<const char*, const char*> cases[] = {
+        {"quantization.dampening_frac", "quantization.damp_percent"},
+        {"dampening_frac", "quantization.damp_percent"},
+        {"damp", "quantization.damp_percent"},
+        {"quantization.actorder", "quantization.desc_act"},
+        {"act_order", "quantization.desc_act"},
+        {"ignore", "lm_head, embeddings and norms are always left alone"},
+        {"quantization.scheme", "quantization.bits, quantization.group_size and quantization.sym"},
+        {"w_bit", "quantization.bits"},
+        {"q_group_size", "quantization.group_size"},
+        {"num_calibration_samples", "calibration.sequences"},
+        {"calibration.nsamples", "calibration.sequences"},
+        {"max_seq_length", "calibration.sequence_length"},
+        {"seqlen", "calibration.sequence_length"},
+        {"quantization.dynamic", "not in this version"},
+        {"quantization.mse", "not in this version"},
+        {"static_groups", "quantization.static_groups is not in this version"},
+    };
+    for (const auto& [key, advice] : cases) {
+        const auto message = override_error(std::string(key) + "=1");
+        EXPECT_NE(message.find(std::string(key) + ": unknown key; "), std::string::npos) << message;
+        EXPECT_NE(message.find(advice, message.find(';')), std::string::npos) << message;
+    }
+}
+
+TEST(JobSpec, KeysOfLaterVersionsAreNotGuessedAt) {
+    for (const std::string key :
+         {"quantization.preset", "preset", "quantization.propagate", "quantization.overrides", "run",
+          "run.max_hours", "slurm.partition", "outputs", "compute.layer_groups", "quantization.lm_head.bits",
+          "compute.device_memory"}) {
+        const auto message = override_error(key + "=1");
+        EXPECT_NE(message.find("is not in this version"), std::string::npos) << message;
+        EXPECT_EQ(message.find("did you mean"), std::string::npos) << message;
+    }
+    EXPECT_NE(error_of(minimal + "slurm:\n  partition: gpu\n")
+                  .find("job.yaml:6: slurm: unknown key; slurm "
+                        "is not in this version"),
+              std::string::npos);
+}
+
+TEST(JobSpec, AdviceNamesOnlyKeysThatExist) {
+    const std::regex advised("write ((quantization|calibration|output|compute)\\.[a-z_.]+[a-z]|model)");
+    int seen = 0;
+    for (const std::string key : {"dampening_frac", "dampening", "percdamp",       "damp",
+                                  "actorder",       "act_order", "scheme",         "config_groups",
+                                  "wbits",          "w_bit",     "num_bits",       "q_group_size",
+                                  "groupsize",      "symmetric", "zero_point",     "num_calibration_samples",
+                                  "num_samples",    "nsamples",  "max_seq_length", "max_seq_len",
+                                  "seqlen",         "seq_len",   "model_id",       "model_path",
+                                  "output_dir",     "save_dir",  "device",         "checkpoint_format",
+                                  "device_map"}) {
+        const auto advice = advice_for_foreign_key(key).value_or("none");
+        std::smatch match;
+        ASSERT_TRUE(std::regex_search(advice, match, advised)) << key << ": " << advice;
+        const auto name = match[1].str();
+        EXPECT_TRUE(std::ranges::any_of(job_keys(), [&](const auto& known) { return known.path == name; }))
+            << key << " → " << name;
+        ++seen;
+    }
+    EXPECT_EQ(seen, 29);
+    for (const auto& key : job_keys())
+        EXPECT_EQ(advice_for_foreign_key(key.path), std::nullopt) << key.path << " is ours";
+}
+
+TEST(JobSpec, DuplicateKeysNameBothLines) {
+    EXPECT_EQ(error_of(minimal + "quantization:\n  bits: 4\n  sym: true\n  bits: 4\n"),
+              "/jobs/job.yaml:9: quantization.bits: is here a second time; the first is at /jobs/job.yaml:7");
+    EXPECT_EQ(error_of(minimal + "output:\n  format: gptq\n"),
+              "/jobs/job.yaml:6: output: is here a second time; the first is at /jobs/job.yaml:2");
+    // The same key in flow style and with a dot must not slip past.
+    EXPECT_NE(error_of(minimal + "quantization: {bits: 3, bits: 3}\n").find("second time"),
+              std::string::npos);
+    EXPECT_NE(error_of(minimal + "quantization.bits: 3\n").find("only --set joins names with dots"),
+              std::string::npos);
+}
+
+TEST(JobSpec, FilesThatAreNoJob) {
+    for (const std::string text : {"", "\n\n", "# only a comment\n", "---\n", "~\n"}) {
+        const auto message = error_of(text);
+        EXPECT_NE(message.find("/jobs/job.yaml: is empty; a job needs at least"), std::string::npos)
+            << message;
+        EXPECT_NE(message.find("calibration:\n  tokens:"), std::string::npos);
+    }
+    EXPECT_NE(error_of("- a\n- b\n").find("job.yaml:1: holds no keys"), std::string::npos);
+    EXPECT_NE(error_of("just words\n").find("job.yaml:1: holds no keys"), std::string::npos);
+    const auto syntax = error_of("model: x\noutput: [1, 2\nfoo: }\n");
+    EXPECT_TRUE(std::regex_search(syntax, std::regex("^/jobs/job.yaml:\\d+:\\d+: is not YAML: "))) << syntax;
+    EXPECT_NE(error_of("model: *nothing\n").find("job.yaml:1:"), std::string::npos);
+    // YAML::Load would leave out the rest, YAML::LoadAll would not come back from the comma.
+    for (const auto& text : {minimal + "---\n" + minimal, "{model: x}\n\n\n\n\n" + minimal})
+        EXPECT_NE(error_of(text).find("job.yaml:6:1: is not YAML: this does not belong"), std::string::npos)
+            << error_of(text);
+    EXPECT_NE(error_of("," + minimal).find("job.yaml:1:1: is not YAML"), std::string::npos);
+    EXPECT_NE(error_of("? [a, b]\n: c\n").find("job.yaml:1: a key must be a plain word"), std::string::npos);
+    EXPECT_NE(error_of(minimal + "quantization: 4\n")
+                  .find("job.yaml:6: quantization: must hold keys below "
+                        "it: bits"),
+              std::string::npos);
+}
+
+TEST(JobSpec, AnEmptySectionIsTheDefaults) {
+    EXPECT_EQ(to_yaml(parse(minimal + "quantization:\n  # bits: 3\n")), to_yaml(parse(minimal)));
+}
+
+TEST(JobSpec, MissingKeysComeWithAnExample) {
+    const auto message = error_of("model: x\noutput: {format: gptq}\n");
+    EXPECT_NE(message.find("/jobs/job.yaml: output.directory, calibration.tokens are missing"),
+              std::string::npos)
+        << message;
+    const auto example = message.substr(message.find("\n\n") + 2);
+    EXPECT_NO_THROW(parse(example)) << example;
+    EXPECT_EQ(parse("model: x\noutput: {directory: o}\n", {"calibration.tokens=c.h5"}).calibration.tokens,
+              "/jobs/c.h5");
+}
+
+TEST(JobSpec, OverridesApplyInOrderAfterTheFile) {
+    const auto text = minimal + "quantization:\n  bits: 8\n";
+    EXPECT_EQ(parse(text, {"quantization.bits=3", "quantization.bits=2"}).quantization.bits, 2);
+    EXPECT_EQ(parse(minimal + "  sequences: 5\n", {"calibration.sequences=all"}).calibration.sequences,
+              std::nullopt);
+    EXPECT_EQ(parse(minimal, {"model=a=b: c # d"}).model, "/jobs/a=b: c # d");
+    EXPECT_EQ(override_error("quantization.bits=5"),
+              "--set quantization.bits=5: quantization.bits: 5 is not allowed (2 | 3 | 4 | 8)");
+    EXPECT_NE(override_error("quantization.bits").find("write --set KEY=VALUE"), std::string::npos);
+    EXPECT_NE(override_error("=5").find("write --set KEY=VALUE"), std::string::npos);
+    EXPECT_NE(override_error("quantization.bits=").find("has no value"), std::string::npos);
+    EXPECT_NE(override_error("quantization=5").find("is a section"), std::string::npos);
+    // The file must be valid by itself.
+    EXPECT_NE(error_of(minimal + "quantization:\n  bits: 5\n", {"quantization.bits=4"}).find("job.yaml:7"),
+              std::string::npos);
+}
+
+TEST(JobSpec, PathsAreRelativeToTheJobFile) {
+    const auto spec = parse_job_spec(minimal, "sub/job.yaml", {"model=../m/./x/"});
+    EXPECT_EQ(spec.model, fs::current_path() / "m" / "x");
+    EXPECT_EQ(parse_job_spec(minimal, "job.yaml", {}).model, fs::current_path() / "models/tiny");
+    EXPECT_EQ(parse(minimal, {"model=/abs/x"}).model, "/abs/x");
+    EXPECT_EQ(parse(minimal, {"model=."}).model, "/jobs");
+    EXPECT_NE(override_error("model=~/x").find("~, which is not expanded"), std::string::npos);
+}
+
+TEST(JobSpec, ContradictionsAreRefused) {
+    EXPECT_NE(error_of(minimal + "quantization:\n  sym: false\n")
+                  .find("job.yaml:7: quantization.sym: false "
+                        "needs output.format: gptq_v2"),
+              std::string::npos);
+    EXPECT_NO_THROW(parse(minimal, {"quantization.sym=false", "output.format=gptq_v2"}));
+    EXPECT_NE(error_of(minimal, {"compute.backend=cpu", "compute.communicator=nccl"})
+                  .find("--set compute.communicator=nccl: compute.communicator: nccl needs GPUs"),
+              std::string::npos);
+}
+
+TEST(JobSpec, YamlOfASpecReadsBackEqual) {
+    const auto first = parse(complete, {"model=/odd: #path 'x'", "output.max_shard_size=123457"});
+    const auto text = to_yaml(first);
+    const auto second = parse_job_spec(text, "/elsewhere/x.yaml", {});
+    EXPECT_EQ(to_yaml(second), text);
+    EXPECT_EQ(second.model, "/odd: #path 'x'");
+    EXPECT_EQ(second.output.max_shard_size, 123'457u);
+    EXPECT_EQ(second.quantization.damp_auto_increment, 0.0025);
+    EXPECT_EQ(second.quantization.group_size, -1);
+    const auto defaults = to_yaml(parse(minimal));
+    EXPECT_EQ(to_yaml(parse(defaults)), defaults);
+    for (const auto& key : job_keys())
+        EXPECT_NE(text.find(key.path.substr(key.path.rfind('.') + 1) + ": "), std::string::npos) << key.path;
+}
+
+TEST(JobSpec, EachKeyOfTheTableIsAcceptedWithItsDefault) {
+    for (const auto& key : job_keys()) {
+        if (key.default_value == "required") continue;
+        EXPECT_NO_THROW(parse(minimal, {key.path + "=" + key.default_value})) << key.path;
+    }
+}
+
+TEST(JobSpec, FilesOnDisk) {
+    const auto directory = fs::temp_directory_path() / ("job_spec_" + std::to_string(std::random_device{}()));
+    fs::create_directories(directory);
+    std::ofstream(directory / "job.yaml") << minimal;
+    EXPECT_EQ(load_job_spec(directory / "job.yaml", {}).model, directory / "models/tiny");
+    // Up from a link is up from where it leads.
+    fs::create_directories(directory / "elsewhere/jobs");
+    fs::create_directory_symlink("elsewhere/jobs", directory / "link");
+    std::ofstream(directory / "elsewhere/jobs/job.yaml") << minimal;
+    std::ofstream(directory / "elsewhere/found") << "here";
+    EXPECT_TRUE(fs::exists(load_job_spec(directory / "link/job.yaml", {"model=../found"}).model));
+    EXPECT_THROW(load_job_spec(directory, {}), BadInput);
+    EXPECT_THROW(load_job_spec(directory / "none.yaml", {}), BadInput);
+    fs::remove_all(directory);
+}
+
+// Whatever the file holds, the answer is a spec or a BadInput that names the file.
+TEST(JobSpec, DamagedFilesNeverDoAnythingElse) {
+    const auto seed = std::random_device{}();
+    SCOPED_TRACE(testing::Message() << "seed " << seed);
+    std::mt19937 random(seed);
+    const std::string spice = "{}[]:,-?&*!|>'\"%@`#~ \n\t\x01\xff=a0";
+    for (int i = 0; i < 3000; ++i) {
+        auto text = complete;
+        for (auto changes = 1 + random() % 4; changes > 0; --changes) {
+            const auto at = random() % text.size();
+            if (random() % 2 == 0)
+                text[at] = spice[random() % spice.size()];
+            else
+                text.erase(at, random() % 9);
+            if (text.empty()) text = " ";
+        }
+        try {
+            parse(text);
+        } catch (const BadInput& error) {
+            ASSERT_TRUE(std::string(error.what()).starts_with("/jobs/job.yaml:")) << error.what();
+        } catch (const std::exception& error) {
+            FAIL() << "text:\n" << text << "\nthrew " << error.what();
+        }
+    }
+}
+
+}  // namespace
+}  // namespace quantmill

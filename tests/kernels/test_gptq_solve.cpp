@@ -1,0 +1,401 @@
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "tests/kernels/backend_test.h"
+
+// The textbook: plain double precision, three factorizations, one column after the other, nothing shared
+// with the code under test.
+namespace textbook {
+
+using Matrix = std::vector<double>;  // square, row-major
+
+// Lower L with A = L·Lᵀ.
+Matrix cholesky(const Matrix& a, std::size_t n) {
+    Matrix l(n * n, 0.0);
+    for (std::size_t i = 0; i < n; ++i) {
+        for (std::size_t j = 0; j <= i; ++j) {
+            double sum = a[i * n + j];
+            for (std::size_t k = 0; k < j; ++k) sum -= l[i * n + k] * l[j * n + k];
+            l[i * n + j] = i == j ? std::sqrt(sum) : sum / l[j * n + j];
+        }
+    }
+    return l;
+}
+
+// A⁻¹ = L⁻ᵀ·L⁻¹.
+Matrix inverse(const Matrix& a, std::size_t n) {
+    const Matrix l = cholesky(a, n);
+    Matrix m(n * n, 0.0);  // L⁻¹, stored transposed: m[j * n + i] = (L⁻¹)_ij
+    for (std::size_t j = 0; j < n; ++j) {
+        for (std::size_t i = j; i < n; ++i) {
+            double sum = i == j ? 1.0 : 0.0;
+            for (std::size_t k = j; k < i; ++k) sum -= l[i * n + k] * m[j * n + k];
+            m[j * n + i] = sum / l[i * n + i];
+        }
+    }
+    Matrix result(n * n);
+    for (std::size_t i = 0; i < n; ++i) {
+        for (std::size_t j = 0; j <= i; ++j) {
+            double sum = 0.0;
+            for (std::size_t k = i; k < n; ++k) sum += m[i * n + k] * m[j * n + k];
+            result[i * n + j] = result[j * n + i] = sum;
+        }
+    }
+    return result;
+}
+
+struct Settings {
+    int bits;
+    std::size_t group_size;
+    bool sym;
+};
+
+struct Solution {
+    std::vector<int> codes;      // [rows, n]
+    std::vector<double> scales;  // [rows, groups]
+    std::vector<int> zeros;      // [rows, groups]
+    std::vector<double> loss;    // [rows]
+    std::size_t adopted = 0;     // decisions taken over from the peer
+};
+
+constexpr double kBoundary = 1e-4;  // of a step
+constexpr double kTie = 1e-2;       // of fp16's last place: less than 1e-5 of the scale
+
+// Rounds half to even, except that within `tolerance` of a tie the peer's choice counts: both are right
+// there, and every later value of the row depends on it.
+double round_like(double x, double peer, double tolerance, std::size_t& adopted) {
+    const double lower = std::floor(x);
+    const bool doubtful = std::abs(x - lower - 0.5) < tolerance;
+    if (!doubtful || (peer != lower && peer != lower + 1)) return std::nearbyint(x);
+    adopted += peer != std::nearbyint(x) ? 1 : 0;
+    return peer;
+}
+
+// To binary16's normal numbers; what is below becomes the smallest, what is above the largest.
+double round_to_half(double x, double peer, std::size_t& adopted) {
+    if (x < 0x1p-14) return 0x1p-14;
+    if (x > 65504.0) return 65504.0;
+    const double unit = std::ldexp(1.0, std::ilogb(x) - 10);
+    return unit * round_like(x / unit, peer / unit, kTie, adopted);
+}
+
+// GPTQ of w [rows, n] with the damped Hessian h; w is used up. Ties are decided as the peer did.
+Solution gptq(std::vector<double> w, const Matrix& h, std::size_t rows, std::size_t n,
+              const Settings& settings, const Solution& peer) {
+    // H⁻¹ = Uᵀ·U with U upper: U = Lᵀ.
+    const Matrix lower = cholesky(inverse(h, n), n);
+    const auto u = [&](std::size_t i, std::size_t j) { return lower[j * n + i]; };
+    const double top = std::pow(2.0, settings.bits) - 1;
+    const std::size_t groups = (n + settings.group_size - 1) / settings.group_size;
+    Solution result{std::vector<int>(rows * n), std::vector<double>(rows * groups),
+                    std::vector<int>(rows * groups), std::vector<double>(rows, 0.0)};
+    for (std::size_t row = 0; row < rows; ++row) {
+        double* x = &w[row * n];
+        double scale = 0.0;
+        double zero = 0.0;
+        for (std::size_t j = 0; j < n; ++j) {
+            if (j % settings.group_size == 0) {
+                const std::size_t g = row * groups + j / settings.group_size;
+                const std::size_t end = std::min(n, j + settings.group_size);
+                const double low = std::min(0.0, *std::min_element(x + j, x + end));
+                const double high = std::max(0.0, *std::max_element(x + j, x + end));
+                const double range = settings.sym ? 2 * std::max(-low, high) : high - low;
+                scale = round_to_half(range / top, peer.scales[g], result.adopted);
+                zero = (top + 1) / 2;
+                if (!settings.sym) {
+                    const double offset = round_like(-low / scale, peer.zeros[g], kBoundary, result.adopted);
+                    zero = std::clamp(offset, 0.0, top);
+                }
+                result.scales[g] = scale;
+                result.zeros[g] = static_cast<int>(zero);
+            }
+            const double nearest =
+                round_like(x[j] / scale + zero, peer.codes[row * n + j], kBoundary, result.adopted);
+            const double code = std::clamp(nearest, 0.0, top);
+            result.codes[row * n + j] = static_cast<int>(code);
+            const double error = (x[j] - scale * (code - zero)) / u(j, j);
+            result.loss[row] += error * error;
+            for (std::size_t k = j; k < n; ++k) x[k] -= error * u(j, k);
+        }
+    }
+    return result;
+}
+
+}  // namespace textbook
+
+namespace quantmill::testing {
+namespace {
+
+struct Problem {
+    std::int64_t rows;
+    std::int64_t columns;
+    std::int64_t tokens;
+    QuantizationGrid grid;
+    double dead_share = 0.0;   // columns whose input is always zero
+    double correlation = 0.5;  // of neighbouring columns
+    std::string name() const {
+        return fmt::format("R={} C={} T={} bits={} group={} {} dead={} correlation={}", rows, columns, tokens,
+                           grid.bits, grid.group_size, grid.sym ? "sym" : "asym", dead_share, correlation);
+    }
+};
+
+class GptqSolve : public BackendTest {
+protected:
+    struct Operands {
+        std::vector<float> weights;
+        std::vector<float> hessian;  // damped, symmetric
+    };
+    struct Solution {
+        std::vector<std::uint8_t> codes;
+        std::vector<Half> scales;
+        std::vector<std::uint8_t> zeros;
+        std::vector<float> loss;
+        bool operator==(const Solution&) const = default;
+    };
+
+    // Correlated inputs with channels of unequal size, as activations have; the pipeline's damping and
+    // treatment of dead columns.
+    Operands make_operands(const Problem& p) {
+        const auto c = static_cast<std::size_t>(p.columns);
+        std::normal_distribution<double> normal;
+        std::vector<double> size(c);
+        for (double& s : size) s = std::exp(0.5 * normal(random()));
+        std::vector<bool> dead(c);
+        for (std::size_t j = 0; j < c; ++j) {
+            dead[j] = std::uniform_real_distribution<>()(random()) < p.dead_share;
+        }
+        std::vector<double> h(c * c, 0.0);
+        std::vector<double> x(c);
+        for (std::int64_t t = 0; t < p.tokens; ++t) {
+            double previous = normal(random());
+            for (std::size_t j = 0; j < c; ++j) {
+                previous = p.correlation * previous +
+                           std::sqrt(1 - p.correlation * p.correlation) * normal(random());
+                x[j] = dead[j] ? 0.0 : previous * size[j];
+            }
+            for (std::size_t i = 0; i < c; ++i) {
+                for (std::size_t j = 0; j <= i; ++j) {
+                    h[i * c + j] += 2.0 / static_cast<double>(p.tokens) * x[i] * x[j];
+                }
+            }
+        }
+        Operands operands{normal_weights(p), std::vector<float>(c * c)};
+        double mean = 0.0;
+        for (std::size_t j = 0; j < c; ++j) {
+            if (h[j * c + j] == 0.0) {
+                h[j * c + j] = 1.0;
+                for (std::int64_t r = 0; r < p.rows; ++r) operands.weights[r * c + j] = 0.0F;
+            }
+            mean += h[j * c + j] / static_cast<double>(c);
+        }
+        for (std::size_t i = 0; i < c; ++i) h[i * c + i] += 0.05 * mean;
+        for (std::size_t i = 0; i < c; ++i) {
+            for (std::size_t j = 0; j <= i; ++j) {
+                operands.hessian[i * c + j] = operands.hessian[j * c + i] = static_cast<float>(h[i * c + j]);
+            }
+        }
+        return operands;
+    }
+
+    Solution solve(const Problem& p, const Operands& operands, std::int64_t first_row,
+                   std::int64_t last_row) {
+        const std::int64_t rows = last_row - first_row;
+        std::vector<float> lower = operands.hessian;
+        for (std::int64_t i = 0; i < p.columns; ++i) {  // the upper triangle must not be read
+            for (std::int64_t j = i + 1; j < p.columns; ++j) lower[i * p.columns + j] = NAN;
+        }
+        Tensor factor = upload(lower, {p.columns, p.columns});
+        EXPECT_TRUE(backend().reverse_cholesky(factor));
+        Tensor weights = upload(operands.weights, {p.rows, p.columns});
+        const std::int64_t groups = p.grid.groups(p.columns);
+        Tensor codes = backend().empty({rows, p.columns}, DType::u8, "codes");
+        Tensor scales = backend().empty({rows, groups}, DType::f16, "scales");
+        Tensor zeros = backend().empty({rows, groups}, DType::u8, "zeros");
+        Tensor loss = backend().empty({rows}, DType::f32, "loss");
+        backend().gptq_solve(weights.view().rows(first_row, last_row), factor, p.grid, {codes, scales, zeros},
+                             loss);
+        return {download<std::uint8_t>(codes), download<Half>(scales), download<std::uint8_t>(zeros),
+                download<float>(loss)};
+    }
+
+    // Every scale, zero and code must be the textbook's, and every row's loss within 1e-3.
+    void check(const Problem& p) {
+        SCOPED_TRACE(p.name());
+        const Operands operands = make_operands(p);
+        const Solution ours = solve(p, operands, 0, p.rows);
+        const auto columns = static_cast<std::size_t>(p.columns);
+        const textbook::Solution peer = as_textbook(ours);
+        const textbook::Solution expected = textbook::gptq(
+            {operands.weights.begin(), operands.weights.end()},
+            {operands.hessian.begin(), operands.hessian.end()}, static_cast<std::size_t>(p.rows), columns,
+            {p.grid.bits, static_cast<std::size_t>(p.grid.group_size), p.grid.sym}, peer);
+        ASSERT_EQ(peer.scales, expected.scales);
+        ASSERT_EQ(peer.zeros, expected.zeros);
+        for (std::size_t i = 0; i < peer.codes.size(); ++i) {
+            ASSERT_EQ(peer.codes[i], expected.codes[i]) << "row " << i / columns << " column " << i % columns;
+        }
+        for (std::size_t row = 0; row < peer.loss.size(); ++row) {
+            ASSERT_NEAR(peer.loss[row], expected.loss[row], 1e-3 * expected.loss[row] + 1e-12)
+                << "row " << row;
+        }
+        decisions_ += peer.codes.size();
+        adopted_ += expected.adopted;
+    }
+
+    // Ties must stay rare, else adopting them would hide errors.
+    void expect_few_ties() const { EXPECT_LT(adopted_, decisions_ / 1000 + 2) << decisions_; }
+
+private:
+    static textbook::Solution as_textbook(const Solution& ours) {
+        textbook::Solution result{{ours.codes.begin(), ours.codes.end()},
+                                  {},
+                                  {ours.zeros.begin(), ours.zeros.end()},
+                                  {ours.loss.begin(), ours.loss.end()}};
+        for (const Half scale : ours.scales) result.scales.push_back(double{to_float(scale)});
+        return result;
+    }
+
+    std::vector<float> normal_weights(const Problem& p) {
+        std::normal_distribution<float> normal(0.0F, 0.05F);
+        std::vector<float> weights(static_cast<std::size_t>(p.rows * p.columns));
+        for (float& w : weights) w = normal(random());
+        return weights;
+    }
+
+    std::size_t decisions_ = 0;
+    std::size_t adopted_ = 0;
+};
+
+TEST_P(GptqSolve, EqualsTheTextbookForAllGridsAndGroupSizes) {
+    SCOPED_TRACE(trace());
+    for (const int bits : {2, 3, 4, 8}) {
+        for (const bool sym : {true, false}) {
+            for (const std::int64_t group : {16, 32, 64, 128, 256}) {
+                check({integer(1, 150), 256, 600, {bits, group, sym}});
+                if (HasFailure()) return;
+            }
+        }
+    }
+    expect_few_ties();
+}
+
+TEST_P(GptqSolve, EqualsTheTextbookWhereGroupsAndBlocksDoNotDivideTheWidth) {
+    SCOPED_TRACE(trace());
+    for (const bool sym : {true, false}) {
+        check({70, 200, 500, {4, 64, sym}});  // a short last group
+        check({70, 300, 700, {3, 128, sym}});
+        check({20, 700, 900, {4, 256, sym}});  // groups wider than a block of columns
+        check({10, 1100, 1300, {4, 512, sym}});
+        check({30, 333, 700, {4, 333, sym}});   // one group a row
+        check({64, 129, 300, {2, 1024, sym}});  // a group wider than the tensor
+        check({65, 300, 700, {4, 100, sym}});   // groups across the blocks' borders
+        check({65, 150, 400, {3, 7, sym}});
+    }
+}
+
+TEST_P(GptqSolve, EqualsTheTextbookForOneRowAndOneColumn) {
+    SCOPED_TRACE(trace());
+    for (const int bits : {2, 3, 4, 8}) {
+        for (const bool sym : {true, false}) {
+            check({1, 256, 500, {bits, 64, sym}});
+            check({100, 1, 50, {bits, 128, sym}});
+            check({1, 1, 50, {bits, 1, sym}});
+            check({64, 2, 50, {bits, 1, sym}});
+        }
+    }
+}
+
+TEST_P(GptqSolve, EqualsTheTextbookWithDeadColumns) {
+    SCOPED_TRACE(trace());
+    for (const bool sym : {true, false}) {
+        check({40, 192, 500, {4, 32, sym}, 0.2});
+        check({40, 192, 500, {3, 16, sym}, 0.9});  // whole groups of zeros
+        check({40, 64, 500, {4, 64, sym}, 1.1});   // nothing but zeros
+    }
+}
+
+TEST_P(GptqSolve, EqualsTheTextbookForRankDeficientHessians) {
+    SCOPED_TRACE(trace());
+    for (const bool sym : {true, false}) {
+        check({50, 256, 60, {4, 64, sym}});
+        check({50, 300, 299, {3, 128, sym}});
+        check({50, 200, 1, {4, 64, sym}});
+        check({50, 256, 100, {2, 32, sym}, 0.1, 0.9});
+    }
+}
+
+TEST_P(GptqSolve, EqualsTheTextbookOnRandomProblems) {
+    SCOPED_TRACE(trace());
+    const std::vector<int> bits{2, 3, 4, 8};
+    const std::vector<std::int64_t> groups{16, 32, 64, 128, 256, 512, 1024};
+    for (int problem = 0; problem < 60; ++problem) {
+        const std::int64_t columns = integer(1, 300);
+        const QuantizationGrid grid{bits[integer(0, 3)], groups[integer(0, 6)], integer(0, 1) == 1};
+        check({integer(1, 130), columns, integer(1, 2 * columns), grid,
+               0.3 * static_cast<double>(integer(0, 1)), 0.1 * static_cast<double>(integer(0, 9))});
+        if (HasFailure()) return;
+    }
+    expect_few_ties();
+}
+
+TEST_P(GptqSolve, RowsSplitAtTheRowBlockGiveTheSameBytes) {
+    SCOPED_TRACE(trace());
+    const Problem p{200, 300, 600, {4, 64, true}};
+    const Operands operands = make_operands(p);
+    const Solution whole = solve(p, operands, 0, p.rows);
+    Solution pieces;
+    for (std::int64_t begin = 0; begin < p.rows;) {
+        const std::int64_t end = std::min(p.rows, begin + kSolveRowBlock * (begin == 0 ? 1 : 2));
+        const Solution piece = solve(p, operands, begin, end);
+        pieces.codes.insert(pieces.codes.end(), piece.codes.begin(), piece.codes.end());
+        pieces.scales.insert(pieces.scales.end(), piece.scales.begin(), piece.scales.end());
+        pieces.zeros.insert(pieces.zeros.end(), piece.zeros.begin(), piece.zeros.end());
+        pieces.loss.insert(pieces.loss.end(), piece.loss.begin(), piece.loss.end());
+        begin = end;
+    }
+    EXPECT_EQ(whole, pieces);
+}
+
+TEST_P(GptqSolve, ThreadsDoNotChangeABit) {
+    SCOPED_TRACE(trace());
+    const Problem p{200, 600, 900, {4, 256, false}};
+    const Operands operands = make_operands(p);
+    expect_same_with_any_threads([&] { return solve(p, operands, 0, p.rows); });
+}
+
+TEST_P(GptqSolve, ScalesStayStorable) {
+    const std::vector<float> weights{1e-9F, -1e-9F, 0.0F, 3e6F, -3e6F, 1.0F};  // [2, 3]
+    Tensor factor = upload<float>({1, 0, 0, 0, 1, 0, 0, 0, 1}, {3, 3});
+    Tensor codes = backend().empty({2, 3}, DType::u8, "codes");
+    Tensor scales = backend().empty({2, 1}, DType::f16, "scales");
+    Tensor zeros = backend().empty({2, 1}, DType::u8, "zeros");
+    Tensor loss = backend().empty({2}, DType::f32, "loss");
+    for (const bool sym : {true, false}) {
+        backend().gptq_solve(upload(weights, {2, 3}), factor, {4, 3, sym}, {codes, scales, zeros}, loss);
+        const auto stored = download<Half>(scales);
+        EXPECT_EQ(to_float(stored[0]), 0x1p-14F);
+        EXPECT_EQ(to_float(stored[1]), 65504.0F);
+        for (const std::uint8_t code : download<std::uint8_t>(codes)) EXPECT_LE(code, 15);
+    }
+}
+
+TEST_P(GptqSolve, RefusesShapesThatDoNotFit) {
+    Tensor factor = upload(std::vector<float>(9, 1.0F), {3, 3});
+    Tensor weights = upload(std::vector<float>(8, 1.0F), {2, 4});
+    Tensor codes = backend().empty({2, 4}, DType::u8, "codes");
+    Tensor scales = backend().empty({2, 1}, DType::f16, "scales");
+    Tensor zeros = backend().empty({2, 1}, DType::u8, "zeros");
+    Tensor loss = backend().empty({2}, DType::f32, "loss");
+    EXPECT_THROW(backend().gptq_solve(weights, factor, {4, 4, true}, {codes, scales, zeros}, loss),
+                 InternalError);
+}
+
+INSTANTIATE_TEST_SUITE_P(Backends, GptqSolve, ::testing::ValuesIn(built_backends()), backend_name);
+
+}  // namespace
+}  // namespace quantmill::testing

@@ -1,0 +1,331 @@
+#include <fmt/format.h>
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <cmath>
+#include <random>
+#include <ranges>
+
+#include "kernels/half.h"
+#include "kernels/make_backend.h"
+#include "pipeline/gptq_solver.h"
+
+namespace quantmill {
+namespace {
+
+using Matrix = std::vector<double>;
+
+class GptqSolver : public ::testing::Test {
+protected:
+    GptqSolver() : backend_(make_backend("cpu", 0)), seed_(std::random_device{}()), random_(seed_) {}
+
+    // The lower triangle of an integer matrix as a fixed-point sum with exponents 0.
+    Tensor sum_of(const std::vector<std::int64_t>& triangle) {
+        Tensor sum = backend_->empty({static_cast<std::int64_t>(triangle.size())}, DType::i64, "sum");
+        backend_->copy_from_host(triangle.data(), sum);
+        return sum;
+    }
+
+    struct Factored {
+        FactorOutcome outcome;
+        std::vector<float> factor;
+    };
+    Factored factor(const std::vector<std::int64_t>& triangle, std::int64_t columns,
+                    const GptqOptions& options) {
+        factor_ = backend_->empty({columns, columns}, DType::f32, "factor");
+        const FixedPointExponents exponents(static_cast<std::size_t>(columns), 0);
+        // tokens 2: H is the integer matrix itself.
+        Factored result{factor_hessian(*backend_, sum_of(triangle), exponents, 2, options, "module", factor_),
+                        {}};
+        result.factor.resize(static_cast<std::size_t>(columns * columns));
+        backend_->copy_to_host(factor_, result.factor.data());
+        return result;
+    }
+
+    // Σ_t x xᵀ of random integer inputs; columns in `dead` are never active.
+    std::vector<std::int64_t> random_triangle(std::int64_t columns, int tokens,
+                                              const std::vector<std::size_t>& dead = {}) {
+        std::vector<std::int64_t> triangle(static_cast<std::size_t>(columns * (columns + 1) / 2));
+        std::vector<std::int64_t> x(static_cast<std::size_t>(columns));
+        for (int t = 0; t < tokens; ++t) {
+            for (std::size_t j = 0; j < x.size(); ++j)
+                x[j] = static_cast<std::int64_t>(random_() % (9 + 2 * (j % 7))) - 4;
+            for (const std::size_t j : dead) x[j] = 0;
+            for (std::size_t i = 0, at = 0; i < x.size(); ++i) {
+                for (std::size_t j = 0; j <= i; ++j, ++at) triangle[at] += x[i] * x[j];
+            }
+        }
+        return triangle;
+    }
+
+    std::unique_ptr<Backend> backend_;
+    unsigned seed_;
+    std::mt19937 random_;
+    Tensor factor_;
+};
+
+double at(const std::vector<std::int64_t>& triangle, std::size_t i, std::size_t j) {
+    return static_cast<double>(triangle[std::max(i, j) * (std::max(i, j) + 1) / 2 + std::min(i, j)]);
+}
+
+// The damped Hessian by the definition, in double precision.
+Matrix damped_hessian(const std::vector<std::int64_t>& triangle, std::size_t n, double damp) {
+    Matrix h(n * n);
+    double mean = 0.0;
+    for (std::size_t i = 0; i < n; ++i) mean += at(triangle, i, i) / static_cast<double>(n);
+    for (std::size_t i = 0; i < n; ++i) {
+        for (std::size_t j = 0; j < n; ++j) h[i * n + j] = at(triangle, i, j);
+        if (h[i * n + i] == 0.0) h[i * n + i] = 1.0;
+        h[i * n + i] += damp * mean;
+    }
+    return h;
+}
+
+// R·Rᵀ from the stored form: R_ij / R_jj above the diagonal, R_jj on it.
+double product(const std::vector<float>& factor, std::size_t n, std::size_t i, std::size_t j) {
+    const auto r = [&](std::size_t a, std::size_t b) {
+        return a == b ? double{factor[b * n + b]} : double{factor[a * n + b]} * factor[b * n + b];
+    };
+    double sum = 0.0;
+    for (std::size_t k = std::max(i, j); k < n; ++k) sum += r(i, k) * r(j, k);
+    return sum;
+}
+
+TEST_F(GptqSolver, FactorOfTheDampedHessian) {
+    SCOPED_TRACE(fmt::format("seed {}", seed_));
+    const std::size_t n = 70;
+    const std::vector<std::size_t> dead{3, 40, 69};
+    const auto triangle = random_triangle(n, 100, dead);
+    const Factored result = factor(triangle, n, {{}, false, 0.02, 0.01});
+    EXPECT_EQ(result.outcome.damp_percent, 0.02);
+    EXPECT_FALSE(result.outcome.damping_raised || result.outcome.round_to_nearest);
+    EXPECT_EQ(result.outcome.dead_columns, (std::vector<std::int32_t>{3, 40, 69}));
+    EXPECT_TRUE(result.outcome.order.empty());
+    const Matrix h = damped_hessian(triangle, n, 0.02);
+    for (std::size_t i = 0; i < n; ++i) {
+        for (std::size_t j = 0; j <= i; ++j) {
+            EXPECT_NEAR(product(result.factor, n, i, j), h[i * n + j],
+                        1e-5 * std::sqrt(h[i * n + i] * h[j * n + j]));
+        }
+    }
+}
+
+TEST_F(GptqSolver, ActOrderFactorsTheSortedHessian) {
+    SCOPED_TRACE(fmt::format("seed {}", seed_));
+    const std::size_t n = 40;
+    const auto triangle = random_triangle(n, 90, {7});
+    const Factored result = factor(triangle, n, {{}, true, 0.05, 0.01});
+    const auto& order = result.outcome.order;
+    ASSERT_TRUE(std::ranges::is_permutation(order, std::views::iota(0, static_cast<int>(n))));
+    const Matrix h = damped_hessian(triangle, n, 0.05);
+    for (std::size_t i = 0; i < n; ++i) {
+        const auto p = static_cast<std::size_t>(order[i]);
+        if (i > 0) {
+            const auto before = static_cast<std::size_t>(order[i - 1]);
+            EXPECT_GE(h[before * n + before], h[p * n + p]);
+            EXPECT_TRUE(h[before * n + before] != h[p * n + p] || before < p) << "ties keep their order";
+        }
+        for (std::size_t j = 0; j <= i; ++j) {
+            const auto q = static_cast<std::size_t>(order[j]);
+            EXPECT_NEAR(product(result.factor, n, i, j), h[p * n + q],
+                        1e-5 * std::sqrt(h[p * n + p] * h[q * n + q]));
+        }
+    }
+}
+
+TEST_F(GptqSolver, DampingRisesUntilTheFactorizationSucceeds) {
+    // Eigenvalues 210 and −10, mean diagonal 100: positive definite from a damping of 0.1 on.
+    const Factored result = factor({100, 110, 100}, 2, {{}, false, 0.05, 0.02});
+    EXPECT_NEAR(result.outcome.damp_percent, 0.11, 1e-12);
+    EXPECT_TRUE(result.outcome.damping_raised);
+    EXPECT_FALSE(result.outcome.round_to_nearest);
+    EXPECT_NEAR(product(result.factor, 2, 0, 0), 111.0, 1e-3);
+    EXPECT_NEAR(product(result.factor, 2, 1, 0), 110.0, 1e-3);
+}
+
+TEST_F(GptqSolver, RoundsToNearestAsTheLastResort) {
+    for (const double increment : {0.0, 0.01}) {  // 0: damping must not be raised
+        const Factored result = factor({100, 300, 100}, 2, {{}, true, 0.05, increment});
+        EXPECT_TRUE(result.outcome.round_to_nearest);
+        EXPECT_TRUE(result.outcome.order.empty());
+        EXPECT_EQ(result.factor[1], 0.0F) << "columns must not be coupled";
+        EXPECT_EQ(result.factor[0], 10.0F);
+        EXPECT_EQ(result.factor[3], 10.0F);
+    }
+}
+
+TEST_F(GptqSolver, OutcomeTravelsAsAMessage) {
+    const FactorOutcome outcome{0.1 + 0.2, true, false, {1, 5}, {2, 0, 1}};
+    const FactorOutcome copy = deserialize_factor_outcome(serialize(outcome));
+    EXPECT_EQ(copy.damp_percent, outcome.damp_percent);
+    EXPECT_TRUE(copy.damping_raised);
+    EXPECT_FALSE(copy.round_to_nearest);
+    EXPECT_EQ(copy.dead_columns, outcome.dead_columns);
+    EXPECT_EQ(copy.order, outcome.order);
+}
+
+TEST_F(GptqSolver, GroupIndex) {
+    const QuantizationGrid grid{4, 2, true};
+    EXPECT_EQ(group_index({}, grid, 5), (std::vector<std::int32_t>{0, 0, 1, 1, 2}));
+    FactorOutcome sorted;
+    sorted.order = {4, 0, 3, 1, 2};  // columns 4 and 0 form group 0, …
+    EXPECT_EQ(group_index(sorted, grid, 5), (std::vector<std::int32_t>{0, 1, 2, 1, 0}));
+}
+
+struct Solved {
+    std::vector<std::uint8_t> codes, zeros;
+    std::vector<Half> scales;
+    RowLosses losses;
+    bool operator==(const Solved& other) const {
+        return codes == other.codes && zeros == other.zeros && scales == other.scales &&
+               losses.loss == other.losses.loss && losses.squared_error == other.losses.squared_error;
+    }
+};
+
+// Solves all rows in the given ranges with the factor that factor() left.
+Solved solve(Backend& backend, const std::vector<float>& weights, std::int64_t rows, std::int64_t columns,
+             const std::vector<RowRange>& ranges, ConstTensorView factor, const FactorOutcome& outcome,
+             const GptqOptions& options) {
+    QuantizedLinear quantized(backend, rows, columns, options.grid);
+    quantized.g_idx = group_index(outcome, options.grid, columns);
+    Solved result;
+    for (const RowRange& range : ranges) {
+        Tensor piece = backend.empty({range.count(), columns}, DType::f32, "weights");
+        backend.copy_from_host(weights.data() + range.begin * columns, piece);
+        const RowLosses losses = solve_rows(backend, piece, range, factor, outcome, options, quantized);
+        result.losses.loss.insert(result.losses.loss.end(), losses.loss.begin(), losses.loss.end());
+        result.losses.squared_error.insert(result.losses.squared_error.end(), losses.squared_error.begin(),
+                                           losses.squared_error.end());
+    }
+    const auto fetch = [&backend](const Tensor& tensor, auto& values) {
+        values.resize(static_cast<std::size_t>(tensor.shape().count()));
+        backend.copy_to_host(tensor, values.data());
+    };
+    fetch(quantized.codes, result.codes);
+    fetch(quantized.zeros, result.zeros);
+    fetch(quantized.scales, result.scales);
+    return result;
+}
+
+std::vector<float> random_weights(std::mt19937& random, std::int64_t count) {
+    std::normal_distribution<float> normal(0.0F, 0.05F);
+    std::vector<float> weights(static_cast<std::size_t>(count));
+    for (float& w : weights) w = normal(random);
+    return weights;
+}
+
+// Loss and error of rows, from the codes alone: tr((W − Q) H (W − Q)ᵀ) and |W − Q|².
+RowLosses losses_by_definition(const Solved& solved, std::vector<float> weights, std::size_t n,
+                               const Matrix& h, const FactorOutcome& outcome, const QuantizationGrid& grid) {
+    const auto g_idx = group_index(outcome, grid, static_cast<std::int64_t>(n));
+    const auto groups = static_cast<std::size_t>(grid.groups(static_cast<std::int64_t>(n)));
+    RowLosses result;
+    for (std::size_t row = 0; row < weights.size() / n; ++row) {
+        for (const std::int32_t dead : outcome.dead_columns)
+            weights[row * n + static_cast<std::size_t>(dead)] = 0.0F;
+        std::vector<double> error(n);
+        for (std::size_t c = 0; c < n; ++c) {
+            const std::size_t group = row * groups + static_cast<std::size_t>(g_idx[c]);
+            error[c] = weights[row * n + c] - double{to_float(solved.scales[group])} *
+                                                  (solved.codes[row * n + c] - solved.zeros[group]);
+        }
+        double loss = 0.0, squared = 0.0;
+        for (std::size_t i = 0; i < n; ++i) {
+            squared += error[i] * error[i];
+            for (std::size_t j = 0; j < n; ++j) loss += error[i] * h[i * n + j] * error[j];
+        }
+        result.loss.push_back(loss);
+        result.squared_error.push_back(squared);
+    }
+    return result;
+}
+
+TEST_F(GptqSolver, LossesAreThoseOfTheCodes) {
+    SCOPED_TRACE(fmt::format("seed {}", seed_));
+    const std::size_t n = 90;
+    const std::int64_t rows = 70;
+    for (const bool desc_act : {false, true}) {
+        for (const bool sym : {false, true}) {
+            const GptqOptions options{{3, 32, sym}, desc_act, 0.05, 0.01};
+            const auto triangle = random_triangle(n, 120, {11});
+            const Factored factored = factor(triangle, n, options);
+            const auto weights = random_weights(random_, rows * static_cast<std::int64_t>(n));
+            const Solved solved =
+                solve(*backend_, weights, rows, n, {{0, rows}}, factor_, factored.outcome, options);
+            const RowLosses expected = losses_by_definition(
+                solved, weights, n, damped_hessian(triangle, n, 0.05), factored.outcome, options.grid);
+            for (std::size_t row = 0; row < static_cast<std::size_t>(rows); ++row) {
+                EXPECT_NEAR(solved.losses.loss[row], expected.loss[row], 1e-3 * expected.loss[row]);
+                EXPECT_NEAR(solved.losses.squared_error[row], expected.squared_error[row],
+                            1e-5 * expected.squared_error[row]);
+            }
+        }
+    }
+}
+
+TEST_F(GptqSolver, ActOrderIsThePlainSolveOfSortedColumns) {
+    SCOPED_TRACE(fmt::format("seed {}", seed_));
+    const std::size_t n = 64;
+    const std::int64_t rows = 20;
+    const auto triangle = random_triangle(n, 200);
+    const auto weights = random_weights(random_, rows * static_cast<std::int64_t>(n));
+    const GptqOptions act{{4, 16, true}, true, 0.05, 0.01};
+    const FactorOutcome outcome = factor(triangle, n, act).outcome;
+    const Solved got = solve(*backend_, weights, rows, n, {{0, rows}}, factor_, outcome, act);
+
+    std::vector<std::int64_t> sorted_triangle;
+    std::vector<float> sorted_weights;
+    for (std::size_t i = 0; i < n; ++i) {
+        for (std::size_t j = 0; j <= i; ++j) {
+            sorted_triangle.push_back(std::llround(at(triangle, static_cast<std::size_t>(outcome.order[i]),
+                                                      static_cast<std::size_t>(outcome.order[j]))));
+        }
+    }
+    for (std::size_t k = 0; k < weights.size(); ++k) {
+        sorted_weights.push_back(weights[k / n * n + static_cast<std::size_t>(outcome.order[k % n])]);
+    }
+    const GptqOptions plain{{4, 16, true}, false, 0.05, 0.01};
+    const FactorOutcome natural = factor(sorted_triangle, n, plain).outcome;
+    const Solved expected = solve(*backend_, sorted_weights, rows, n, {{0, rows}}, factor_, natural, plain);
+    EXPECT_EQ(got.scales, expected.scales);
+    for (std::size_t k = 0; k < got.codes.size(); ++k) {
+        EXPECT_EQ(got.codes[k / n * n + static_cast<std::size_t>(outcome.order[k % n])], expected.codes[k]);
+    }
+}
+
+TEST_F(GptqSolver, RowsMayBeSplitAnywhereAtBlocks) {
+    SCOPED_TRACE(fmt::format("seed {}", seed_));
+    const std::int64_t n = 96, rows = 3 * kSolveRowBlock + 10;
+    const GptqOptions options{{4, 32, true}, true, 0.05, 0.01};
+    const FactorOutcome outcome = factor(random_triangle(n, 150), n, options).outcome;
+    const auto weights = random_weights(random_, rows * n);
+    const Solved whole = solve(*backend_, weights, rows, n, {{0, rows}}, factor_, outcome, options);
+    const std::vector<RowRange> pieces{{0, kSolveRowBlock},
+                                       {kSolveRowBlock, 3 * kSolveRowBlock},
+                                       {3 * kSolveRowBlock, 3 * kSolveRowBlock},
+                                       {3 * kSolveRowBlock, rows}};
+    EXPECT_EQ(solve(*backend_, weights, rows, n, pieces, factor_, outcome, options), whole);
+}
+
+// A diagonal factor couples nothing: each code is the nearest on the grid of its group's own range.
+TEST_F(GptqSolver, FallbackRoundsToNearest) {
+    SCOPED_TRACE(fmt::format("seed {}", seed_));
+    const GptqOptions options{{4, 2, true}, false, 0.05, 0.01};
+    const FactorOutcome outcome = factor({100, 300, 100}, 2, options).outcome;
+    ASSERT_TRUE(outcome.round_to_nearest);
+    const auto weights = random_weights(random_, 2 * 50);
+    const Solved solved = solve(*backend_, weights, 50, 2, {{0, 50}}, factor_, outcome, options);
+    for (std::size_t row = 0; row < 50; ++row) {
+        const float absmax = std::max(std::abs(weights[2 * row]), std::abs(weights[2 * row + 1]));
+        const float scale = to_float(to_half(2.0F * absmax / 15.0F));
+        EXPECT_EQ(to_float(solved.scales[row]), scale);
+        for (std::size_t c = 0; c < 2; ++c) {
+            const double nearest =
+                std::clamp(std::nearbyint(double{weights[2 * row + c]} / scale) + 8.0, 0.0, 15.0);
+            EXPECT_EQ(solved.codes[2 * row + c], nearest);
+        }
+    }
+}
+
+}  // namespace
+}  // namespace quantmill

@@ -1,0 +1,175 @@
+#include <fmt/format.h>
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <random>
+
+#include "kernels/make_backend.h"
+#include "pipeline/hessian.h"
+
+namespace quantmill {
+namespace {
+
+using Matrix = std::vector<float>;  // [T, C]
+
+class Hessian : public ::testing::Test {
+protected:
+    Hessian() : backend_(make_backend("cpu", 0)), seed_(std::random_device{}()), random_(seed_) {}
+
+    Matrix normal(std::int64_t count, double deviation = 1.0) {
+        std::normal_distribution<float> distribution(0.0F, static_cast<float>(deviation));
+        Matrix values(static_cast<std::size_t>(count));
+        for (float& value : values) value = distribution(random_);
+        return values;
+    }
+
+    Tensor upload(const Matrix& x, std::int64_t columns) {
+        Tensor tensor =
+            backend_->empty({static_cast<std::int64_t>(x.size()) / columns, columns}, DType::f32, "x");
+        backend_->copy_from_host(x.data(), tensor);
+        return tensor;
+    }
+
+    std::vector<std::int64_t> download(TensorView sum) {
+        std::vector<std::int64_t> values(static_cast<std::size_t>(sum.shape().count()));
+        backend_->copy_to_host(sum, values.data());
+        return values;
+    }
+
+    // The fixed-point sum over the shards with the given indices, in that order.
+    std::vector<std::int64_t> sum_of(const std::vector<Matrix>& shards,
+                                     const std::vector<std::size_t>& indices, std::int64_t columns,
+                                     const FixedPointExponents& exponents) {
+        HessianAccumulator accumulator(*backend_, columns, static_cast<std::int64_t>(shards.size()));
+        for (const std::size_t index : indices) {
+            accumulator.add(upload(shards[index], columns));
+            EXPECT_TRUE(accumulator.close_shard(exponents));
+        }
+        return download(accumulator.sum());
+    }
+
+    std::unique_ptr<Backend> backend_;
+    unsigned seed_;
+    std::mt19937 random_;
+};
+
+TEST_F(Hessian, ExponentsPutDiagonalsNearTheResolution) {
+    SCOPED_TRACE(fmt::format("seed {}", seed_));
+    for (const int headroom : {0, 12, 24, 36}) {
+        std::vector<float> diagonal;
+        for (int i = 0; i < 500; ++i)
+            diagonal.push_back(std::exp2(static_cast<float>(random_() % 4000) / 100.0F - 20.0F));
+        const float largest = *std::ranges::max_element(diagonal);
+        const FixedPointExponents exponents = choose_exponents(diagonal, headroom);
+        for (std::size_t i = 0; i < diagonal.size(); ++i) {
+            // Quiet columns are treated as 2^-20 of the loudest: they may be louder in other shards.
+            const double magnitude = std::max(diagonal[i], 0x1p-20F * largest);
+            const double fixed = std::ldexp(magnitude, 2 * exponents[i] + headroom);
+            EXPECT_GE(fixed, 0x1p34);
+            EXPECT_LT(fixed, 0x1p38);
+        }
+    }
+    EXPECT_EQ(choose_exponents(std::vector<float>{0.0F, 0.0F}, 0), (FixedPointExponents{18, 18}));
+}
+
+TEST_F(Hessian, IntegersAreSummedExactly) {
+    SCOPED_TRACE(fmt::format("seed {}", seed_));
+    const std::int64_t columns = 37;
+    std::vector<Matrix> shards;
+    std::vector<std::int64_t> expected(columns * (columns + 1) / 2);
+    for (int s = 0; s < 5; ++s) {
+        Matrix x(static_cast<std::size_t>(20 + s) * columns);
+        for (float& value : x) value = static_cast<float>(random_() % 15) - 7.0F;
+        for (std::size_t t = 0; t < x.size(); t += columns) {
+            for (std::size_t i = 0, at = 0; i < columns; ++i) {
+                for (std::size_t j = 0; j <= i; ++j, ++at) expected[at] += std::llround(x[t + i] * x[t + j]);
+            }
+        }
+        shards.push_back(std::move(x));
+    }
+    EXPECT_EQ(sum_of(shards, {0, 1, 2, 3, 4}, columns, FixedPointExponents(columns, 0)), expected);
+}
+
+// The promise on which the same bytes on any number of ranks rest.
+TEST_F(Hessian, SumDoesNotDependOnWhoAddsWhichShardAndWhen) {
+    SCOPED_TRACE(fmt::format("seed {}", seed_));
+    const std::int64_t columns = 70;
+    std::vector<Matrix> shards;
+    for (int s = 0; s < 6; ++s) shards.push_back(normal((30 + 7 * s) * columns, std::exp(normal(1)[0])));
+    HessianAccumulator first(*backend_, columns, 6);
+    first.add(upload(shards[0], columns));
+    const FixedPointExponents exponents = choose_exponents(first.open_diagonal(), 0);
+
+    const auto all = sum_of(shards, {0, 1, 2, 3, 4, 5}, columns, exponents);
+    EXPECT_EQ(sum_of(shards, {5, 3, 1, 0, 2, 4}, columns, exponents), all);
+    auto parts = sum_of(shards, {4, 0}, columns, exponents);
+    const auto others = sum_of(shards, {5, 1, 2, 3}, columns, exponents);
+    for (std::size_t i = 0; i < parts.size(); ++i) parts[i] += others[i];
+    EXPECT_EQ(parts, all);
+}
+
+TEST_F(Hessian, IsCloseToDoublePrecision) {
+    SCOPED_TRACE(fmt::format("seed {}", seed_));
+    const std::int64_t columns = 50, tokens = 300;
+    const Matrix x = normal(tokens * columns);
+    HessianAccumulator accumulator(*backend_, columns, 2);
+    accumulator.add(
+        upload({x.begin(), x.begin() + 100 * columns}, columns));  // two micro-batches of one shard,
+    accumulator.add(upload({x.begin() + 100 * columns, x.begin() + 200 * columns}, columns));
+    const FixedPointExponents exponents = choose_exponents(accumulator.open_diagonal(), 0);
+    ASSERT_TRUE(accumulator.close_shard(exponents));
+    accumulator.add(upload({x.begin() + 200 * columns, x.end()}, columns));  // and a second shard
+    ASSERT_TRUE(accumulator.close_shard(exponents));
+
+    backend_->from_fixed_point(accumulator.sum(), exponents, 2.0 / tokens, accumulator.workspace());
+    std::vector<float> h(static_cast<std::size_t>(columns * columns));
+    backend_->copy_to_host(accumulator.workspace(), h.data());
+    for (std::size_t i = 0; i < columns; ++i) {
+        for (std::size_t j = 0; j <= i; ++j) {
+            double expected = 0.0;
+            for (std::size_t t = 0; t < tokens; ++t)
+                expected += double{x[t * columns + i]} * x[t * columns + j];
+            EXPECT_NEAR(h[i * columns + j], expected * 2.0 / tokens, 2e-6);
+        }
+    }
+}
+
+TEST_F(Hessian, LoudShardDoesNotFitUntilHeadroomIsGiven) {
+    const std::int64_t columns = 8;
+    const Matrix quiet = normal(40 * columns), loud = normal(40 * columns, 0x1p17);
+    const auto add_both = [&](int headroom) {
+        HessianAccumulator accumulator(*backend_, columns, 2);
+        accumulator.add(upload(quiet, columns));
+        const FixedPointExponents exponents = choose_exponents(accumulator.open_diagonal(), headroom);
+        EXPECT_TRUE(accumulator.close_shard(exponents));
+        accumulator.add(upload(loud, columns));
+        return accumulator.close_shard(exponents);
+    };
+    EXPECT_FALSE(add_both(0));
+    EXPECT_TRUE(add_both(24));
+}
+
+TEST_F(Hessian, ValuesThatAreNotFiniteNeverFit) {
+    for (const float bad :
+         {std::numeric_limits<float>::quiet_NaN(), std::numeric_limits<float>::infinity(), 1e30F}) {
+        HessianAccumulator accumulator(*backend_, 4, 1);
+        accumulator.add(upload({1, 2, bad, 4}, 4));
+        EXPECT_FALSE(accumulator.close_shard(FixedPointExponents(4, 0))) << bad;
+    }
+}
+
+TEST_F(Hessian, RestartForgetsOpenAndClosedShards) {
+    HessianAccumulator accumulator(*backend_, 2, 2);
+    accumulator.add(upload({1, 2}, 2));
+    ASSERT_TRUE(accumulator.close_shard({0, 0}));
+    accumulator.add(upload({5, 5}, 2));
+    accumulator.restart();
+    accumulator.add(upload({3, 4}, 2));
+    ASSERT_TRUE(accumulator.close_shard({0, 0}));
+    EXPECT_EQ(download(accumulator.sum()), (std::vector<std::int64_t>{9, 12, 16}));
+}
+
+}  // namespace
+}  // namespace quantmill

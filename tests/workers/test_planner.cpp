@@ -1,0 +1,169 @@
+#include <fmt/ranges.h>
+#include <gtest/gtest.h>
+
+#include <numeric>
+
+#include "kernels/make_backend.h"
+#include "tests/pipeline/tiny_checkpoint.h"
+#include "workers/planner.h"
+
+namespace quantmill {
+namespace {
+
+using testing::TemporaryDirectory;
+using testing::tiny_config;
+
+class Planner : public ::testing::Test {
+protected:
+    Planner() : control_(make_control(false)), backend_(make_backend("cpu", 0)) {
+        spec_.model = directory_.path();
+        spec_.output.directory = directory_ / "out";
+        spec_.output.max_shard_size = 20'000;
+        spec_.quantization.group_size = 32;
+    }
+
+    // A job on a tiny model with sequences of these lengths.
+    PreparedJob job(const std::vector<std::int64_t>& lengths = std::vector<std::int64_t>(20, 30)) {
+        ModelGraph graph = testing::write_tiny_checkpoint(directory_, config_);
+        CheckpointReader reader(directory_.path());
+        CalibrationStore store;
+        for (const std::int64_t length : lengths)
+            store.sequences.emplace_back(static_cast<std::size_t>(length), 1);
+        const QuantizationSpec& q = spec_.quantization;
+        OutputLayout layout =
+            plan_output(reader, graph, {q.bits, q.group_size, q.sym}, spec_.output.max_shard_size);
+        return {spec_,
+                std::move(reader),
+                std::move(graph),
+                std::move(store),
+                plan_batch_shards(lengths),
+                std::move(layout)};
+    }
+    Plan plan(const PreparedJob& job) { return make_plan(job, *control_, *backend_, "mpi", false); }
+    std::string problems() { return fmt::format("{}", fmt::join(plan(job()).problems, "\n")); }
+    std::string warnings() { return fmt::format("{}", fmt::join(plan(job()).warnings, "\n")); }
+
+    TemporaryDirectory directory_;
+    nlohmann::json config_ = tiny_config("LlamaForCausalLM");
+    JobSpec spec_;
+    std::unique_ptr<Control> control_;
+    std::unique_ptr<Backend> backend_;
+};
+
+bool contains(const std::string& text, const std::string& part) {
+    return text.find(part) != std::string::npos;
+}
+
+TEST_F(Planner, DescribesModelJobAndFiles) {
+    const PreparedJob prepared = job({10, 20, 30, 400, 7});
+    const Plan plan = this->plan(prepared);
+    EXPECT_TRUE(plan.problems.empty());
+    EXPECT_EQ(plan.model.architecture, "LlamaForCausalLM");
+    EXPECT_EQ(plan.model.blocks, 2);
+    EXPECT_EQ(plan.model.parameters,
+              2 * (128 * 64 + 64 * 64 + 2 * 96 * 64 + 64 * 96 + 2 * 64) + 2 * 128 * 64 + 64);
+    EXPECT_EQ(plan.model.bytes, 2 * static_cast<std::uint64_t>(plan.model.parameters));
+    EXPECT_EQ(plan.quantization.linears, 14);
+    EXPECT_EQ(plan.quantization.parameters, 2 * (128 * 64 + 64 * 64 + 3 * 96 * 64));
+    EXPECT_EQ(plan.calibration.sequences, 5);
+    EXPECT_EQ(plan.calibration.token_count, 467);
+    EXPECT_EQ(plan.calibration.longest, 400);
+    EXPECT_EQ(plan.calibration.shards, 4);
+    EXPECT_FALSE(plan.time.has_value());
+
+    ASSERT_EQ(plan.files.size(), prepared.layout.shards.size());
+    EXPECT_GT(plan.files.size(), 3U);
+    std::uint64_t bytes = 0;
+    for (std::size_t i = 0; i < plan.files.size(); ++i) {
+        EXPECT_EQ(plan.files[i].name, prepared.layout.shards[i].file_name);
+        EXPECT_EQ(plan.files[i].bytes, prepared.layout.shards[i].bytes);
+        EXPECT_EQ(plan.files[i].owner, 0);
+        bytes += plan.files[i].bytes;
+    }
+    EXPECT_EQ(plan.disk_needed, bytes);
+    ASSERT_EQ(plan.ranks.size(), 1U);
+    EXPECT_EQ(plan.ranks[0].sequences, 5);
+    EXPECT_EQ(plan.ranks[0].rows, (std::vector<std::int64_t>{128, 64, 192, 64}));
+    EXPECT_EQ(plan.ranks[0].output_files.size(), plan.files.size());
+}
+
+TEST_F(Planner, MeasuresWhenAsked) {
+    const Plan plan = make_plan(job(), *control_, *backend_, "mpi", true);
+    ASSERT_TRUE(plan.time.has_value());
+    for (const double value : {plan.time->gflops, plan.time->forward, plan.time->hessian, plan.time->factor,
+                               plan.time->solve, plan.time->io}) {
+        EXPECT_GT(value, 0.0);
+    }
+}
+
+TEST_F(Planner, GroupSizeMustDivideEveryWidth) {
+    EXPECT_EQ(problems(), "");
+    spec_.quantization.group_size = -1;
+    EXPECT_EQ(problems(), "");
+    spec_.quantization.group_size = 64;  // divides 64, not the inner width 96
+    EXPECT_TRUE(contains(problems(), "mlp.down_proj: its width 96")) << problems();
+    EXPECT_FALSE(contains(problems(), "q_proj"));
+    EXPECT_TRUE(contains(problems(), "vLLM"));
+    spec_.output.allow_unservable = true;
+    EXPECT_EQ(problems(), "");
+    EXPECT_TRUE(contains(warnings(), "mlp.down_proj: its width 96"));
+}
+
+TEST_F(Planner, TensorParallelServingNeedsDivisibleWidthsAndRows) {
+    spec_.output.tensor_parallel = 3;  // 96 = 3·32, but o_proj reads 64 columns
+    EXPECT_TRUE(contains(
+        problems(), "self_attn.o_proj: its width 64 is not a multiple of tensor_parallel 3 x group_size 32"))
+        << problems();
+    EXPECT_FALSE(contains(problems(), "mlp.down_proj: its width")) << problems();
+    EXPECT_TRUE(contains(problems(), "self_attn.q_proj: its 64 rows"));
+    EXPECT_FALSE(contains(problems(), "mlp.gate_proj"));
+    spec_.output.tensor_parallel = 2;
+    EXPECT_TRUE(contains(problems(), "self_attn.k_proj: its 32 rows")) << problems();
+    EXPECT_FALSE(contains(problems(), "self_attn.q_proj"));
+}
+
+TEST_F(Planner, WhatTheFormatCannotHold) {
+    spec_.quantization.sym = false;
+    EXPECT_TRUE(contains(problems(), "gptq_v2"));
+    spec_.output.format = "gptq_v2";
+    EXPECT_EQ(problems(), "");
+    EXPECT_TRUE(contains(warnings(), "sym: false"));
+    spec_.output.allow_unservable = true;  // does not help here
+    config_["intermediate_size"] = 100;
+    EXPECT_TRUE(contains(problems(), "mlp.down_proj: its 100 columns are not a multiple of 32"))
+        << problems();
+}
+
+TEST_F(Planner, Warnings) {
+    EXPECT_EQ(warnings(), "");
+    spec_.quantization.bits = 3;
+    EXPECT_TRUE(contains(warnings(), "3 bits"));
+    const auto all = plan(job({50, 60})).warnings;
+    EXPECT_TRUE(contains(fmt::format("{}", fmt::join(all, "\n")),
+                         "110 calibration tokens are few for Hessians of width 96"));
+    config_["max_position_embeddings"] = 16;
+    EXPECT_TRUE(contains(warnings(), "sequences of 30 tokens exceed")) << warnings();
+}
+
+TEST_F(Planner, MemoryGrowsWithTokensAndBlocks) {
+    const auto item = [](const Plan& plan, const std::string& name) {
+        for (const NamedBytes& bytes : plan.ranks.at(0).memory) {
+            if (bytes.name == name) return bytes.bytes;
+        }
+        return std::uint64_t{0};
+    };
+    const Plan small = plan(job({100})), large = plan(job({100, 100, 100}));
+    // Hidden states and what is carried between stages: [tokens, 64 + 96] in fp32.
+    EXPECT_EQ(item(small, "calibration activations"), 100U * (64 + 96) * 4);
+    EXPECT_EQ(item(large, "calibration activations"), 300U * (64 + 96) * 4);
+    // fp32 [C, C] and an int64 triangle of the widest group.
+    EXPECT_EQ(item(small, "Hessian and factor"), 96U * 96 * 4 + 96 * 97 / 2 * 8);
+    spec_.quantization.true_sequential = false;  // all groups of a block at once
+    EXPECT_GT(item(plan(job({100})), "Hessian and factor"), 96U * 96 * 4 + 96 * 97 / 2 * 8);
+    EXPECT_EQ(total_memory(small.ranks[0]),
+              std::accumulate(small.ranks[0].memory.begin(), small.ranks[0].memory.end(), std::uint64_t{0},
+                              [](std::uint64_t sum, const NamedBytes& part) { return sum + part.bytes; }));
+}
+
+}  // namespace
+}  // namespace quantmill
