@@ -1,0 +1,83 @@
+#!/usr/bin/env bash
+# ./test.sh [--quick] [--gpu]: installs what is missing, builds, and runs all tests; ends with ctest's closing lines.
+#   --quick  for daily work: only the C++ tests of the CPU build, no sanitizers, lint, fuzzing, MPICH, Python peers
+#   --gpu    also builds the CUDA backend (build/cuda) and runs its tests, on a machine with an NVIDIA GPU
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"
+
+quick=false gpu=false
+for argument in "$@"; do
+  case "$argument" in
+    --quick) quick=true ;;
+    --gpu) gpu=true ;;
+    -h | --help) sed -n '2,4s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 0 ;;
+    *) echo "$0: unknown argument '$argument' (try --help)" >&2; exit 2 ;;
+  esac
+done
+
+say() { printf '\n== %s (%s)\n' "$*" "$(date +%T)"; }
+jobs=$(nproc)
+
+build() {  # PRESET [TARGET…]
+  # Newer compilers warn of other things; the one that must find nothing is Debian 12's, which CI has.
+  local strict=OFF
+  if [ "$(c++ -dumpversion)" = 12 ]; then strict=ON; fi
+  cmake --preset "$1" -DQUANTMILL_WARNINGS_AS_ERRORS=$strict
+  if [ $# -gt 1 ]; then
+    cmake --build "build/$1" --parallel "$jobs" --target "${@:2}"
+  else
+    cmake --build "build/$1" --parallel "$jobs"
+  fi
+}
+test_in() { ctest --test-dir "build/$1" --output-on-failure --parallel "$jobs" --no-tests=error "${@:2}"; }
+
+if $quick; then
+  tools/install_dependencies.sh
+else
+  tools/install_dependencies.sh --tests
+  say "Python environments"
+  tools/python_env.sh
+  tools/python_env.sh --interop
+  export QUANTMILL_REQUIRE_PYTHON=1  # a Python test that is skipped has failed
+  say "Demo model and texts"
+  tools/demo_data.sh
+fi
+
+say "CPU build"
+build cpu
+
+if ! $quick; then
+  say "Layout and clang-tidy"
+  tests/lint.sh
+
+  say "Sanitizers"
+  build asan
+  test_in asan --label-regex quick
+
+  say "Fuzzing"
+  build fuzz fuzz_safetensors
+  mkdir -p build/fuzz/found
+  build/fuzz/tests/fuzz/fuzz_safetensors -max_total_time=20 -max_len=4096 -print_final_stats=1 \
+    -dict=tests/fuzz/safetensors.dict build/fuzz/found tests/fuzz/corpus/*/ 2>&1 | tail -n 12
+
+  say "MPICH"
+  if grep -q 'VERSION_ID="24.04"' /etc/os-release; then
+    echo "Skipped: the MPICH of Ubuntu 24.04 starts lone processes (bug 2072338 of its package)."
+  else
+    build mpich  # only what sees MPI differs from the CPU build; the rest comes from ccache
+    test_in mpich --label-regex quick --exclude-regex '\.np7$'
+  fi
+fi
+
+if $gpu; then
+  say "CUDA build"
+  build cuda
+  test_in cuda --label-regex 'quick|gpu'
+fi
+
+say "Tests"
+if $quick; then
+  test_in cpu --label-regex quick
+else
+  test_in cpu
+fi
