@@ -34,9 +34,7 @@ void pack(CudaBench& bench, std::int64_t rows, std::int64_t columns, int bits) {
     for (std::int64_t c = 0; c < columns; ++c) g_idx[c] = static_cast<std::int32_t>(c / 128);
     Tensor decoded = bench.empty({rows, columns}, DType::bf16);
     bench.measure({"dequantize", shape, 3.0 * static_cast<double>(rows * columns), Unit::byte, 0.0, 0.0},
-                  [&] {
-                      backend.dequantize({source, scales, zeros}, g_idx, decoded);
-                  });
+                  [&] { backend.dequantize({source, scales, zeros}, g_idx, decoded); });
 }
 
 }  // namespace
