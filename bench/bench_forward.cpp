@@ -68,8 +68,9 @@ Matrix multiply(const Matrix& x, const Tensor& weight) {
 void rotate(Matrix& x, const ModelGraph& graph, std::size_t heads) {
     const std::size_t half = graph.inverse_frequencies.size();
     for (std::size_t row = 0; row < x.size() / (2 * half); ++row) {
+        const std::size_t token = row / heads;
         for (std::size_t i = 0; i < half; ++i) {
-            const double angle = static_cast<double>(row / heads) * double{graph.inverse_frequencies[i]};
+            const double angle = static_cast<double>(token) * double{graph.inverse_frequencies[i]};
             double& first = x[row * 2 * half + i];
             double& second = x[row * 2 * half + half + i];
             const double old = first;

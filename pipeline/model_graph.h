@@ -68,6 +68,6 @@ struct ModelGraph {
 
 // Builds the graph of a checkpoint's config.json. Throws BadInput for an architecture that is not supported
 // and for fields that change the mathematics in a way that is not implemented. `file` is for messages.
-ModelGraph build_model_graph(const nlohmann::json& config, const std::string& file);
+ModelGraph build_model_graph(const nlohmann::json& json, const std::string& file);
 
 }  // namespace quantmill

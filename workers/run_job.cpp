@@ -142,19 +142,20 @@ void run_job(const RunCommand& command, Control& control) {
     const auto backend = make_backend(job.spec.compute.backend, control.local_rank(), control.local_size());
     const auto communicator = make_communicator(job.spec.compute.communicator, control, *backend);
     const Plan plan = make_plan(job, control, *backend, communicator->name(), true);
+    const double expected_seconds = plan.time ? plan.time->total() : 0.0;
     if (control.rank() == 0) refuse_problems(plan);
     control.barrier();
     claim_output_directory(job.spec, command.overwrite, control);
     spdlog::info("{}: {} blocks, {} sequences, {} on {} rank(s), {}; about {}", job.graph.architecture,
                  job.graph.blocks, job.calibration.sequences.size(), plan.quantization.scheme, control.size(),
-                 backend->description(), seconds_text(plan.time->total()));
+                 backend->description(), seconds_text(expected_seconds));
 
     Report report = begin_report(job, control, *backend, *communicator);
     report.warnings = plan.warnings;
     CheckpointOutput output(job, control, *backend);
     output.copy_untouched();
     {
-        Progress progress(control.rank() == 0, job.graph.blocks, job.graph.stages.size(), plan.time->total());
+        Progress progress(control.rank() == 0, job.graph.blocks, job.graph.stages.size(), expected_seconds);
         quantize_blocks(job, control, *backend, *communicator, output, progress, report);
     }
     report.seconds = watch.seconds();
