@@ -65,7 +65,7 @@ if ! $quick; then
     echo "Skipped: the MPICH of Ubuntu 24.04 starts lone processes (bug 2072338 of its package)."
   else
     build mpich  # only what sees MPI differs from the CPU build; the rest comes from ccache
-    test_in mpich --label-regex quick --exclude-regex '\.np7$'
+    test_in mpich --label-regex quick --exclude-regex '\.np7$|^e2e_'
   fi
 fi
 
