@@ -1,8 +1,6 @@
 #include "pipeline/block_weights.h"
 
-#include <algorithm>
-
-#include "pipeline/stopwatch.h"
+#include <iterator>
 
 namespace quantmill {
 namespace {
@@ -48,16 +46,17 @@ std::vector<std::string> WeightLoader::names_of_block(int block) const {
 }
 
 // Tensors are dealt to ranks in the order of their names, so that every rank knows who reads what.
-bool WeightLoader::mine(const std::string& name) const {
+int WeightLoader::owner_of(const std::string& name) const {
     const auto& tensors = reader_.tensors();
     const auto position = std::distance(tensors.begin(), tensors.find(name));
-    return position % control_.size() == control_.rank();
+    return static_cast<int>(position % control_.size());
 }
 
 WeightLoader::HostTensors WeightLoader::read_share(const std::vector<std::string>& names) const {
     HostTensors share;
     for (const std::string& name : names) {
-        if (!reader_.contains(name) || !mine(name)) continue;  // missing ones are reported by load
+        // A missing tensor is reported by load.
+        if (!reader_.contains(name) || owner_of(name) != control_.rank()) continue;
         const StoredTensor& tensor = reader_.find(name);
         std::vector<std::byte> bytes(tensor.bytes());
         reader_.read(name, bytes.data());
@@ -77,15 +76,13 @@ void WeightLoader::prefetch_block(int block) {
 Tensor WeightLoader::load(const std::string& name, const Shape& shape) {
     reader_.find(name, extents(shape));
     Tensor tensor = backend_.empty(shape, weight_dtype(reader_, name), name);
-    if (mine(name)) {
-        const Stopwatch watch;
+    const int owner = owner_of(name);
+    if (control_.rank() == owner) {
         auto found = at_hand_.extract(name);
         HostTensors read = found.empty() ? read_share({name}) : HostTensors{};
-        read_seconds_ += watch.seconds();
         backend_.copy_from_host(found.empty() ? read.at(name).data() : found.mapped().data(), tensor);
     }
-    const auto position = std::distance(reader_.tensors().begin(), reader_.tensors().find(name));
-    communicator_.broadcast(tensor, static_cast<int>(position % control_.size()));
+    communicator_.broadcast(tensor, owner);
     return tensor;
 }
 
@@ -114,9 +111,7 @@ LinearWeights WeightLoader::load_linear(int block, const Linear& linear) {
 
 BlockWeights WeightLoader::load_block(int block) {
     if (prefetched_block_ == block) {
-        const Stopwatch watch;
         at_hand_ = prefetch_.get();
-        read_seconds_ += watch.seconds();
         prefetched_block_ = -1;
     }
     BlockWeights weights;

@@ -43,13 +43,12 @@ public:
     // A tensor of the checkpoint, e.g. the embedding, in its stored dtype.
     Tensor load(const std::string& name, const Shape& shape);
     Tensor load_as(const std::string& name, const Shape& shape, DType dtype);
-    Tensor to_forward(const Tensor& stored);               // converted to the activation dtype
-    double read_seconds() const { return read_seconds_; }  // that the caller waited for disk
+    Tensor to_forward(const Tensor& stored);  // converted to the activation dtype
 
 private:
     using HostTensors = std::map<std::string, std::vector<std::byte>>;
     std::vector<std::string> names_of_block(int block) const;
-    bool mine(const std::string& name) const;
+    int owner_of(const std::string& name) const;  // the rank that reads a tensor
     HostTensors read_share(const std::vector<std::string>& names) const;
     LinearWeights load_linear(int block, const Linear& linear);
     Tensor decode_linear(int block, const Linear& linear);
@@ -63,7 +62,6 @@ private:
     int prefetched_block_ = -1;
     std::future<HostTensors> prefetch_;
     HostTensors at_hand_;
-    double read_seconds_ = 0.0;
 };
 
 }  // namespace quantmill
