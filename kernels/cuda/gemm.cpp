@@ -24,10 +24,17 @@ void set(cublasLtMatmulDesc_t descriptor, cublasLtMatmulDescAttributes_t attribu
 }
 
 void layout(cublasLtMatrixLayout_t descriptor, cudaDataType_t type, std::int64_t inner, std::int64_t outer,
-            std::int64_t ld) {
+            std::int64_t ld, std::int64_t count, std::int64_t step) {
     check(cublasLtMatrixLayoutInit(descriptor, type, static_cast<std::uint64_t>(inner),
                                    static_cast<std::uint64_t>(outer), ld),
           "cublasLtMatrixLayoutInit", {{"rows", inner}, {"columns", outer}, {"ld", ld}});
+    const auto matrices = static_cast<std::int32_t>(count);
+    check(cublasLtMatrixLayoutSetAttribute(descriptor, CUBLASLT_MATRIX_LAYOUT_BATCH_COUNT, &matrices,
+                                           sizeof(matrices)),
+          "cublasLtMatrixLayoutSetAttribute", {{"batch count", count}});
+    check(cublasLtMatrixLayoutSetAttribute(descriptor, CUBLASLT_MATRIX_LAYOUT_STRIDED_BATCH_OFFSET, &step,
+                                           sizeof(step)),
+          "cublasLtMatrixLayoutSetAttribute", {{"batch offset", step}});
 }
 
 Descriptors describe(const Product& p, std::int64_t rows) {
@@ -36,9 +43,10 @@ Descriptors describe(const Product& p, std::int64_t rows) {
     set(&result.operation, CUBLASLT_MATMUL_DESC_TRANSA, p.y_by_columns ? CUBLAS_OP_T : CUBLAS_OP_N);
     set(&result.operation, CUBLASLT_MATMUL_DESC_TRANSB, p.x_by_depth ? CUBLAS_OP_T : CUBLAS_OP_N);
     layout(&result.a, p.input, p.y_by_columns ? p.depth : p.columns, p.y_by_columns ? p.columns : p.depth,
-           p.ldy);
-    layout(&result.b, p.input, p.x_by_depth ? rows : p.depth, p.x_by_depth ? p.depth : rows, p.ldx);
-    layout(&result.d, p.output, p.columns, rows, p.ldd);
+           p.ldy, p.count, p.step_y);
+    layout(&result.b, p.input, p.x_by_depth ? rows : p.depth, p.x_by_depth ? p.depth : rows, p.ldx, p.count,
+           p.step_x);
+    layout(&result.d, p.output, p.columns, rows, p.ldd, p.count, p.step_d);
     return result;
 }
 
@@ -72,7 +80,8 @@ void Gemm::run(const Product& p, const Operands& operands, cudaStream_t stream) 
     const Key key = {p.input,      p.output,     p.compute,      p.rows_vary ? -1 : p.rows,
                      p.columns,    p.depth,      p.ldx,          p.ldy,
                      p.ldd,        p.x_by_depth, p.y_by_columns, p.beta == 0.0F,
-                     alignment[0], alignment[1], alignment[2],   alignment[3]};
+                     alignment[0], alignment[1], alignment[2],   alignment[3],
+                     p.count,      p.step_x,     p.step_y,       p.step_d};
     auto found = algorithms_.find(key);
     if (found == algorithms_.end()) found = algorithms_.emplace(key, choose(p, alignment)).first;
 

@@ -19,6 +19,8 @@ struct Product {
     std::int64_t ldx = 0, ldy = 0, ldd = 0;  // C has D's leading dimension
     bool x_by_depth = false;                 // X is stored [depth, rows] instead of [rows, depth]
     bool y_by_columns = false;               // Y is stored [columns, depth] instead of [depth, columns]
+    // Products of one shape at equal distances, in elements of X, Y and D.
+    std::int64_t count = 1, step_x = 0, step_y = 0, step_d = 0;
     float alpha = 1.0F, beta = 0.0F;
     // Whether `rows` is a share of the job's rows: then the algorithm is chosen without looking at it.
     bool rows_vary = false;
@@ -43,7 +45,7 @@ public:
     void run(const Product& product, const Operands& operands, cudaStream_t stream);
 
 private:
-    using Key = std::array<std::int64_t, 16>;
+    using Key = std::array<std::int64_t, 20>;
     cublasLtMatmulAlgo_t choose(const Product& product, const std::array<std::uint32_t, 4>& alignment);
 
     cublasLtHandle_t handle_ = nullptr;

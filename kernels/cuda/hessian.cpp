@@ -9,11 +9,12 @@
 namespace quantmill {
 namespace {
 
-// Columns of the triangle that one product computes: narrower ones waste less above the diagonal, wider
-// ones run faster (bench/RESULTS.md).
+// Columns of the triangle that one product computes below the diagonal's squares, and its rows: narrower or
+// taller ones run slower (bench/RESULTS.md).
 constexpr std::int64_t kBlockColumns = 2048;
-// Tokens that one product sums in the tensor cores' accumulators before they meet the fp32 master.
-constexpr std::int64_t kChunkTokens = 8192;
+constexpr std::int64_t kPieceRows = 14336;
+// The diagonal's squares are halved down to this order: what is above the diagonal is computed in vain.
+constexpr std::int64_t kSmallestSquare = 512;
 
 std::int64_t square_order(const ConstTensorView& h, std::string_view operation) {
     const bool square = h.shape().rank() == 2 && h.extent(0) == h.extent(1);
@@ -29,9 +30,73 @@ void require_length(std::size_t length, std::int64_t order, std::string_view ope
 
 const float* floats(const ConstTensorView& view) { return reinterpret_cast<const float*>(view.bytes()); }
 float* floats(const TensorView& view) { return reinterpret_cast<float*>(view.bytes()); }
+// Column `column` of a bf16 matrix's first row.
+const std::byte* at(const ConstTensorView& x, std::int64_t column) {
+    return x.bytes() + column * static_cast<std::int64_t>(size_of(DType::bf16));
+}
 const std::int32_t* integers(const ConstTensorView& view) {
     return reinterpret_cast<const std::int32_t*>(view.bytes());
 }
+
+// Adds the lower triangle of xᵀ·x to h: squares on the diagonal, halved until little is above it, and tall
+// products below them.
+class Triangle {
+public:
+    Triangle(cuda::Gemm& gemm, cudaStream_t stream, ConstTensorView x, float* h)
+        : gemm_(gemm), stream_(stream), x_(x), h_(h), order_(x.extent(1)) {}
+
+    void add() {
+        for (std::int64_t column = 0; column < order_; column += kBlockColumns) {
+            for (std::int64_t row = column + kBlockColumns; row < order_; row += kPieceRows) {
+                add({row, column, std::min(kPieceRows, order_ - row), kBlockColumns});
+            }
+        }
+        for (std::int64_t size = kBlockColumns; size > kSmallestSquare; size /= 2) add_quarters(size);
+        const std::int64_t rest = order_ % kSmallestSquare;
+        add({0, 0, kSmallestSquare, kSmallestSquare, order_ / kSmallestSquare, kSmallestSquare});
+        add({order_ - rest, order_ - rest, rest, rest});
+    }
+
+private:
+    struct Piece {
+        std::int64_t row, column, rows, columns;
+        std::int64_t count = 1, step = 0;  // more of them, down the diagonal
+    };
+
+    // The lower left quarters of the diagonal's squares.
+    void add_quarters(std::int64_t size) {
+        const std::int64_t half = size / 2;
+        const std::int64_t rest = order_ % size;
+        add({half, 0, half, half, order_ / size, size});
+        if (rest > half) add({order_ - rest + half, order_ - rest, rest - half, half});
+    }
+
+    void add(const Piece& piece) {
+        if (piece.count == 0) return;
+        float* d = h_ + piece.row * order_ + piece.column;
+        gemm_.run({.input = CUDA_R_16BF,
+                   .output = CUDA_R_32F,
+                   .rows = piece.rows,
+                   .columns = piece.columns,
+                   .depth = x_.extent(0),
+                   .ldx = order_,
+                   .ldy = order_,
+                   .ldd = order_,
+                   .x_by_depth = true,
+                   .count = piece.count,
+                   .step_x = piece.step,
+                   .step_y = piece.step,
+                   .step_d = piece.step * (order_ + 1),
+                   .beta = 1.0F},
+                  {at(x_, piece.row), at(x_, piece.column), d, d}, stream_);
+    }
+
+    cuda::Gemm& gemm_;
+    cudaStream_t stream_;
+    ConstTensorView x_;
+    float* h_;
+    std::int64_t order_;
+};
 
 }  // namespace
 
@@ -39,24 +104,10 @@ void CudaBackend::accumulate_hessian(ConstTensorView x, TensorView h) {
     const std::int64_t order = square_order(h, "accumulate_hessian");
     const std::int64_t tokens = x.shape().rank() == 2 ? x.extent(0) : 0;
     require_operands(is(x, DType::bf16, {tokens, order}), "accumulate_hessian", {x, h});
-    for (std::int64_t token = 0; token < tokens; token += kChunkTokens) {
-        const auto chunk = x.rows(token, std::min(token + kChunkTokens, tokens));
-        for (std::int64_t column = 0; column < order; column += kBlockColumns) {
-            const std::byte* columns =
-                chunk.bytes() + column * static_cast<std::int64_t>(size_of(DType::bf16));
-            float* block = floats(h) + column * order + column;
-            gemm_->run({.input = CUDA_R_16BF,
-                        .output = CUDA_R_32F,
-                        .rows = order - column,
-                        .columns = std::min(kBlockColumns, order - column),
-                        .depth = chunk.extent(0),
-                        .ldx = order,
-                        .ldy = order,
-                        .ldd = order,
-                        .x_by_depth = true,
-                        .beta = 1.0F},
-                       {columns, columns, block, block}, stream_);
-        }
+    // The tensor cores' accumulators meet the fp32 master once a chunk.
+    for (std::int64_t token = 0; token < tokens; token += micro_batch_tokens()) {
+        Triangle(*gemm_, stream_, x.rows(token, std::min(token + micro_batch_tokens(), tokens)), floats(h))
+            .add();
     }
 }
 
