@@ -35,8 +35,9 @@ public:
     virtual void all_gather_rows(TensorView tensor, std::span<const RowRange> ranges) = 0;
 };
 
-// kind: "auto" (nccl for a CUDA backend when it is built, else mpi), "nccl" or "mpi" (CUDA tensors are
-// then staged through the host). `control` and `backend` must outlive the communicator.
+// kind: "auto" (nccl for several ranks that each have a GPU of their own, else mpi), "nccl" or "mpi" (CUDA
+// tensors are then staged through the host). Collective. `control` and `backend` must outlive the
+// communicator.
 std::unique_ptr<Communicator> make_communicator(const std::string& kind, Control& control, Backend& backend);
 
 }  // namespace quantmill

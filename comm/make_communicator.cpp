@@ -12,8 +12,20 @@ std::unique_ptr<Communicator> make_communicator(const std::string& kind, Control
         throw BadInput("compute.communicator is '{}'; it must be auto, nccl or mpi", kind);
     }
 #ifdef QUANTMILL_WITH_NCCL
-    if (kind == "nccl" || (kind == "auto" && backend.name() == "cuda")) {
-        return make_nccl_communicator(control, backend);
+    const bool cuda = backend.name() == "cuda";
+    if (kind == "nccl" && !cuda) {
+        throw BadInput(
+            "compute.communicator is nccl, which needs GPUs, but the backend is {}: say auto or mpi",
+            backend.name());
+    }
+    if (cuda && kind != "mpi" && (kind == "nccl" || control.size() > 1)) {
+        if (each_rank_has_its_gpu(control, backend)) return make_nccl_communicator(control, backend);
+        if (kind == "nccl") {
+            throw BadInput(
+                "compute.communicator is nccl, but several ranks share a GPU, which NCCL refuses: start one "
+                "rank "
+                "a GPU, or say auto or mpi");
+        }
     }
 #endif
     if (kind == "nccl") {

@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <vector>
 
+#include "comm/row_ranges.h"
+
 namespace quantmill {
 
 namespace {
@@ -57,32 +59,11 @@ void MpiCommunicator::broadcast(TensorView tensor, int root) {
 }
 
 void MpiCommunicator::all_sum(TensorView sum) {
-    if (sum.dtype() != DType::i64) {
-        throw InternalError("all_sum over {} values: only integer sums are the same on any number of ranks",
-                            name_of(sum.dtype()));
-    }
+    require_integers(sum);
     if (control_.size() == 1) return;
     through_host(sum, true, true, [&](std::byte* data, std::size_t bytes) {
         control_.all_sum_int64(reinterpret_cast<std::int64_t*>(data), bytes / sizeof(std::int64_t));
     });
-}
-
-void require_disjoint(std::span<const RowRange> ranges, int ranks, const Shape& shape) {
-    if (static_cast<int>(ranges.size()) != ranks) {
-        throw InternalError("{} row ranges for {} ranks", ranges.size(), ranks);
-    }
-    std::vector<RowRange> ordered(ranges.begin(), ranges.end());
-    std::erase_if(ordered, [](const RowRange& range) { return range.empty(); });
-    std::sort(ordered.begin(), ordered.end(),
-              [](const RowRange& a, const RowRange& b) { return a.begin < b.begin; });
-    std::int64_t next = 0;
-    for (const RowRange& range : ordered) {
-        if (range.begin < next || range.end < range.begin || range.end > shape[0]) {
-            throw InternalError("rows [{}, {}) of {} overlap another rank's or do not exist", range.begin,
-                                range.end, to_string(shape));
-        }
-        next = range.end;
-    }
 }
 
 void MpiCommunicator::all_gather_rows(TensorView tensor, std::span<const RowRange> ranges) {

@@ -1,0 +1,169 @@
+#include "comm/nccl_communicator.h"
+
+#include <fmt/format.h>
+#include <nccl.h>
+
+#include <algorithm>
+#include <chrono>
+#include <cstring>
+#include <set>
+#include <string>
+#include <thread>
+
+#include "comm/launcher.h"
+#include "comm/row_ranges.h"
+#include "kernels/cuda/check.h"
+#include "kernels/cuda/cuda_backend.h"
+
+namespace quantmill {
+namespace {
+
+using Clock = std::chrono::steady_clock;
+
+class NcclCommunicator final : public Communicator {
+public:
+    NcclCommunicator(Control& control, CudaBackend& backend);
+    ~NcclCommunicator() override;
+
+    std::string name() const override { return "nccl"; }
+    void broadcast(TensorView tensor, int root) override;
+    void all_sum(TensorView sum) override;
+    void all_gather_rows(TensorView tensor, std::span<const RowRange> ranges) override;
+
+private:
+    template <class Done>
+    void poll(const std::string& what, const Done& done);
+    void settle(ncclResult_t status, const std::string& what);
+    void finish(const std::string& what);
+    [[noreturn]] void fail(const std::string& what, const std::string& why);
+
+    Control& control_;
+    CudaBackend& backend_;
+    ncclComm_t communicator_ = nullptr;
+    cudaEvent_t event_ = nullptr;
+    double timeout_ = wait_timeout();
+};
+
+ncclUniqueId shared_id(Control& control) {
+    ncclUniqueId id{};
+    std::string message;
+    if (control.rank() == 0) {
+        if (const ncclResult_t status = ncclGetUniqueId(&id); status != ncclSuccess) {
+            throw InfrastructureError("rank 0 on {}: ncclGetUniqueId failed: {}", control.host(),
+                                      ncclGetErrorString(status));
+        }
+        message.assign(id.internal, sizeof(id.internal));
+    }
+    message = control.broadcast(message, 0);
+    std::memcpy(id.internal, message.data(), sizeof(id.internal));
+    return id;
+}
+
+NcclCommunicator::NcclCommunicator(Control& control, CudaBackend& backend)
+    : control_(control), backend_(backend) {
+    cuda::check(cudaEventCreateWithFlags(&event_, cudaEventDisableTiming), "cudaEventCreateWithFlags");
+    const ncclUniqueId id = shared_id(control);
+    ncclConfig_t config = NCCL_CONFIG_INITIALIZER;
+    config.blocking = 0;
+    settle(ncclCommInitRankConfig(&communicator_, control.size(), id, control.rank(), &config),
+           "the ranks' first meeting (ncclCommInitRankConfig)");
+}
+
+NcclCommunicator::~NcclCommunicator() {
+    // Aborting needs no peers: after an error they may never come.
+    if (communicator_ != nullptr) ncclCommAbort(communicator_);
+    cudaEventDestroy(event_);
+}
+
+void NcclCommunicator::fail(const std::string& what, const std::string& why) {
+    const std::string last = communicator_ != nullptr ? ncclGetLastError(communicator_) : "";
+    if (communicator_ != nullptr) ncclCommAbort(std::exchange(communicator_, nullptr));
+    throw InfrastructureError("rank {} of {} on {}, CUDA device {}: {}: {}{}", control_.rank(),
+                              control_.size(), control_.host(), backend_.device(), what, why,
+                              last.empty() ? "" : fmt::format(" ({})", last));
+}
+
+template <class Done>
+void NcclCommunicator::poll(const std::string& what, const Done& done) {
+    const auto deadline = Clock::now() + std::chrono::duration<double>(timeout_);
+    const auto busy_until = Clock::now() + std::chrono::milliseconds(20);
+    while (!done()) {
+        ncclResult_t status = ncclSuccess;
+        const ncclResult_t asked = ncclCommGetAsyncError(communicator_, &status);
+        if (asked != ncclSuccess) fail(what, ncclGetErrorString(asked));
+        if (status != ncclSuccess && status != ncclInProgress) fail(what, ncclGetErrorString(status));
+        if (Clock::now() > deadline) {
+            fail(what, fmt::format("waited {:.0f} s for the other ranks (QUANTMILL_TIMEOUT)", timeout_));
+        }
+        if (Clock::now() > busy_until) std::this_thread::sleep_for(std::chrono::microseconds(100));
+    }
+}
+
+// Waits until NCCL has taken a call.
+void NcclCommunicator::settle(ncclResult_t status, const std::string& what) {
+    if (status != ncclSuccess && status != ncclInProgress) fail(what, ncclGetErrorString(status));
+    poll(what, [&] {
+        ncclResult_t now = ncclSuccess;
+        return ncclCommGetAsyncError(communicator_, &now) == ncclSuccess && now == ncclSuccess;
+    });
+}
+
+// Waits until the device has done what was called.
+void NcclCommunicator::finish(const std::string& what) {
+    cuda::check(cudaEventRecord(event_, backend_.stream()), "cudaEventRecord");
+    poll(what, [&] {
+        const cudaError_t status = cudaEventQuery(event_);
+        if (status != cudaErrorNotReady) cuda::check(status, "cudaEventQuery");
+        return status == cudaSuccess;
+    });
+}
+
+void NcclCommunicator::broadcast(TensorView tensor, int root) {
+    if (tensor.empty()) return;
+    const std::string what = fmt::format("a broadcast of {} bytes from rank {}", tensor.size_bytes(), root);
+    settle(ncclBroadcast(tensor.bytes(), tensor.bytes(), tensor.size_bytes(), ncclUint8, root, communicator_,
+                         backend_.stream()),
+           what);
+    finish(what);
+}
+
+void NcclCommunicator::all_sum(TensorView sum) {
+    require_integers(sum);
+    if (sum.empty()) return;
+    const auto count = static_cast<std::size_t>(sum.shape().count());
+    const std::string what = fmt::format("a sum of {} numbers over all ranks", count);
+    settle(
+        ncclAllReduce(sum.bytes(), sum.bytes(), count, ncclInt64, ncclSum, communicator_, backend_.stream()),
+        what);
+    finish(what);
+}
+
+void NcclCommunicator::all_gather_rows(TensorView tensor, std::span<const RowRange> ranges) {
+    require_disjoint(ranges, control_.size(), tensor.shape());
+    const std::string what = fmt::format("gathering the rows of {}", to_string(tensor.shape()));
+    settle(ncclGroupStart(), what);
+    for (int root = 0; root < control_.size(); ++root) {
+        const RowRange& range = ranges[static_cast<std::size_t>(root)];
+        if (range.empty()) continue;
+        const TensorView part = tensor.rows(range.begin, range.end);
+        const ncclResult_t status = ncclBroadcast(part.bytes(), part.bytes(), part.size_bytes(), ncclUint8,
+                                                  root, communicator_, backend_.stream());
+        if (status != ncclSuccess && status != ncclInProgress) fail(what, ncclGetErrorString(status));
+    }
+    settle(ncclGroupEnd(), what);
+    finish(what);
+}
+
+}  // namespace
+
+bool each_rank_has_its_gpu(Control& control, const Backend& backend) {
+    const auto& cuda = dynamic_cast<const CudaBackend&>(backend);
+    const auto devices = control.all_gather(cuda.unique_device());
+    return std::set<std::string>(devices.begin(), devices.end()).size() == devices.size();
+}
+
+std::unique_ptr<Communicator> make_nccl_communicator(Control& control, Backend& backend) {
+    return std::make_unique<NcclCommunicator>(control, dynamic_cast<CudaBackend&>(backend));
+}
+
+}  // namespace quantmill
