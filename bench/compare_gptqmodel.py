@@ -249,9 +249,9 @@ def main() -> None:
     parser.add_argument(
         "--output",
         type=Path,
-        default=PEERS / "gptqmodel.json",
+        default=PEERS / "perplexity.json",
         metavar="FILE",
-        help="the figures (default: bench/peers/gptqmodel.json)",
+        help="the figures (default: bench/peers/perplexity.json)",
     )
     parser.add_argument("--cores", metavar="LIST", help="pin every step to these cores, as taskset -c has it")
     parser.add_argument("--time", action="store_true", help="only measure times, ours and theirs one after the other")

@@ -9,13 +9,14 @@ from typing import Any
 import pytest
 from program import DEMO, ROOT, Run, write_job
 
-FIGURES = ROOT / "bench" / "peers"
+FIGURES = ROOT / "bench" / "peers" / "perplexity.json"
 MODEL, CALIBRATION, EVALUATION = DEMO / "SmolLM2-135M-Instruct", DEMO / "calib.h5", DEMO / "eval.h5"
 PARITY = 1.015  # median against median, each over four orders of the calibration sequences
 # One order against a median of four: another order, or another order of summation, moves the perplexity by up to
-# 6 % (GPTQModel's own orders: 36.5 to 37.0, 64.3 to 70.9; ours at 4 bits, one order summed in two ways: 35.5 and 37.4). Mistakes cost far more: without the
-# update of later columns it is plain rounding, 7 % and 160 % above.
-NOISE = {4: 1.04, 3: 1.04}
+# 10 % (GPTQModel's orders: 36.5 to 37.0, 64.3 to 70.9; ours: 37.1 to 37.4, 60.7 to 69.3). Mistakes cost far more:
+# without the update of later columns it is plain rounding, 7 % and 160 % above. On one kind of processor with one
+# OpenBLAS a run repeats its bytes; other kernels sum in another order.
+NOISE = {4: 1.04, 3: 1.1}
 ROUNDING = {4: 0.97, 3: 0.5}  # GPTQ gains little at 4 bits, half and more at 3
 ENVIRONMENT = {"OMP_NUM_THREADS": "2", "QUANTMILL_TIMEOUT": "1000"}
 
@@ -25,22 +26,21 @@ def sha256(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def recorded(tool: str) -> dict[str, Any] | None:
-    file = FIGURES / f"{tool}.json"
-    return json.loads(file.read_text()) if file.exists() else None
-
-
 def median(figures: dict[str, Any], tool: str, bits: int) -> float:
     runs = [run["perplexity"] for run in figures["runs"] if run["bits"] == bits and run["tool"] == tool]
     assert len(runs) == 4
     return statistics.median(runs)
 
 
+def recorded_run(figures: dict[str, Any], bits: int) -> float:
+    """Our own run of the sequences as stored."""
+    return next(run["perplexity"] for run in figures["runs"] if (run["tool"], run["bits"], run["order"]) == ("quantmill", bits, 0))
+
+
 @pytest.fixture(scope="module")
 def figures() -> dict[str, Any]:
-    """GPTQModel's, which hold for these very inputs only."""
-    found = recorded("gptqmodel")
-    assert found
+    """GPTQModel's and ours, recorded by bench/compare_gptqmodel.py; they hold for these very inputs only."""
+    found: dict[str, Any] = json.loads(FIGURES.read_text())
     inputs = {"model": MODEL / "model.safetensors", "calibration": CALIBRATION, "evaluation": EVALUATION}
     for name, file in inputs.items():
         if not file.exists():
@@ -69,14 +69,9 @@ def test_quantized(quantmill: Run, figures: dict[str, Any], tmp_path: Path, bits
     print(f"{bits} bits: perplexity {got:.3f}, GPTQModel's median {peer:.3f}, rounded to nearest {figures['round_to_nearest'][str(bits)]:.3f}")
     assert figures["unquantized"] < got < ROUNDING[bits] * figures["round_to_nearest"][str(bits)]
     assert got <= PARITY * NOISE[bits] * peer
-    if own := recorded("quantmill"):
-        assert got <= NOISE[bits] * median(own, "quantmill", bits)
+    assert got == pytest.approx(recorded_run(figures, bits), rel=NOISE[bits] - 1.0)
 
 
 @pytest.mark.parametrize("bits", [4, 3])
 def test_recorded_medians(figures: dict[str, Any], bits: int) -> None:
-    own = recorded("quantmill")
-    if own is None:
-        pytest.skip("no bench/peers/quantmill.json: bench/compare_gptqmodel.py --quantmill records it")
-    assert own["inputs"] == figures["inputs"]
-    assert median(own, "quantmill", bits) <= PARITY * median(figures, "gptqmodel", bits)
+    assert median(figures, "quantmill", bits) <= PARITY * median(figures, "gptqmodel", bits)

@@ -14,7 +14,7 @@ from conftest import FAMILIES, INDEX, make_checkpoint
 from program import DEMO, Run, random_sequences, write_job, write_store
 
 SECONDS = 60  # for random models
-PLACEMENTS = [(1, 1), (1, 2), (2, 1), (2, 2), (3, 2), (4, 1), (7, 1)]  # ranks, threads
+PLACEMENTS = [(ranks, threads) for ranks in (1, 2, 3, 4, 7) for threads in (1, 2)]
 
 
 def digests(output: Path) -> dict[str, str]:
@@ -27,9 +27,9 @@ def digests(output: Path) -> dict[str, str]:
     return found
 
 
-def quantize(quantmill: Run, job: Path, output: Path, ranks: int, threads: int, **options: Any) -> dict[str, str]:
+def quantize(quantmill: Run, job: Path, output: Path, ranks: int, threads: int, *words: str, **options: Any) -> dict[str, str]:
     environment = {"OMP_NUM_THREADS": str(threads), "QUANTMILL_TIMEOUT": "1000"}
-    quantmill("run", job, "--set", f"output.directory={output}", ranks=ranks, environment=environment, **options)
+    quantmill("run", job, "--set", f"output.directory={output}", *words, ranks=ranks, environment=environment, **options)
     return digests(output)
 
 
@@ -38,10 +38,11 @@ def test_demo_model(quantmill: Run, tmp_path: Path) -> None:
     if not store.exists():
         pytest.skip(f"no {store}: tools/demo_data.sh makes it")
     job = write_job(tmp_path / "job.yaml", model, store, tmp_path / "out", {"bits": 4, "group_size": 64}, max_shard_size="30MB")
+    sequences = ("--set", "calibration.sequences=16")
     expected: dict[str, str] = {}
     for ranks, threads in PLACEMENTS:
         output = tmp_path / f"out-{ranks}-{threads}"
-        got = quantize(quantmill, job, output, ranks, threads, timeout=1500)
+        got = quantize(quantmill, job, output, ranks, threads, *sequences, timeout=1500)
         expected = expected or got
         assert got == expected, f"{ranks} ranks, {threads} threads"
         for file in output.glob("*.safetensors"):
