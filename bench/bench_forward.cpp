@@ -153,16 +153,17 @@ void block(Bench& bench, const std::string& model, const ModelGraph& graph, std:
     if (!bench.wanted("forward", shape)) return;
     const BlockWeights weights = random_weights(bench, graph);
     const double error = check(bench, graph, weights);
+    const std::int64_t tokens = bench.backend().micro_batch_tokens();
     Sequences sequences;
-    for (std::int64_t token = length; token <= kMicroBatchTokens; token += length) {
+    for (std::int64_t token = length; token <= tokens; token += length) {
         sequences.offsets.push_back(static_cast<std::int32_t>(token));
     }
-    Tensor hidden = bench.normal({kMicroBatchTokens, graph.hidden_size});
-    Tensor carried = bench.empty({kMicroBatchTokens, BlockForward::carried_width(graph)});
-    BlockForward forward(bench.backend(), graph, kMicroBatchTokens, length);
+    Tensor hidden = bench.normal({tokens, graph.hidden_size});
+    Tensor carried = bench.empty({tokens, BlockForward::carried_width(graph)});
+    BlockForward forward(bench.backend(), graph, tokens, length);
     const Attention& attention = graph.attention;
     const double work =
-        static_cast<double>(kMicroBatchTokens) *
+        static_cast<double>(tokens) *
         static_cast<double>(2 * graph.block_parameters() + 2 * length * attention.heads * attention.head_dim);
     bench.measure({"forward", shape, work, Unit::flop, error, 1e-5},
                   [&] { forward.run_block(weights, {&sequences, hidden, carried}); });

@@ -109,7 +109,6 @@ constexpr std::string_view later_keys[] = {"outputs",
                                            "quantization.overrides",
                                            "quantization.target_bits",
                                            "quantization.on_fallback",
-                                           "compute.device_memory",
                                            "compute.layer_groups",
                                            "compute.stall_timeout"};
 

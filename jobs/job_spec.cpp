@@ -185,6 +185,18 @@ Kind<std::uint64_t> size_kind() {
     return {"size such as 5GB, 500MB, 2GiB or bytes, >= 1kB", read_size, write_size};
 }
 
+// A size, or `word` for no limit.
+Kind<std::optional<std::uint64_t>> size_or_kind(const std::string& word) {
+    const auto read = [word](const Value& value) -> std::optional<std::uint64_t> {
+        if (value.text == word) return std::nullopt;
+        return read_size(value);
+    };
+    const auto write = [word](const std::optional<std::uint64_t>& bytes) {
+        return bytes ? write_size(*bytes) : word;
+    };
+    return {fmt::format("{} | {}", size_kind().values, word), read, write};
+}
+
 struct Row {
     JobKey key;
     std::function<void(JobSpec&, const Value&)> read;
@@ -265,6 +277,8 @@ std::vector<Row> compute_rows() {
             [](auto& s) -> auto& { return s.compute.backend; }),
         row("compute.communicator", word_kind({"auto", "mpi", "nccl"}), "what carries tensors between ranks",
             [](auto& s) -> auto& { return s.compute.communicator; }),
+        row("compute.device_memory", size_or_kind("free"), "most memory that a rank may take of its GPU",
+            [](auto& s) -> auto& { return s.compute.device_memory; }),
     };
 }
 
@@ -483,6 +497,9 @@ void require_consistent(const JobSpec& spec, const Places& places) {
     if (spec.compute.backend == "cpu" && spec.compute.communicator == "nccl")
         throw BadInput("{}: compute.communicator: nccl needs GPUs, but compute.backend is cpu (auto | mpi)",
                        places.at("compute.communicator"));
+    if (spec.compute.backend == "cpu" && spec.compute.device_memory)
+        throw BadInput("{}: compute.device_memory is for GPUs, but compute.backend is cpu",
+                       places.at("compute.device_memory"));
 }
 
 std::string read_file(const std::filesystem::path& file) {

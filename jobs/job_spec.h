@@ -36,8 +36,9 @@ struct QuantizationSpec {
 };
 
 struct ComputeSpec {
-    std::string backend = "auto";       // auto | cpu | cuda
-    std::string communicator = "auto";  // auto | nccl | mpi
+    std::string backend = "auto";                // auto | cpu | cuda
+    std::string communicator = "auto";           // auto | nccl | mpi
+    std::optional<std::uint64_t> device_memory;  // bytes of a GPU; absent: what is free
 };
 
 struct JobSpec {

@@ -144,6 +144,13 @@ void add_placement(std::string& text, const Plan& plan) {
     text += table_text(rows, alignments, 2);
 }
 
+// Where the activations of the calibration tokens live between stages.
+std::string activations_text(const PlannedRank& rank) {
+    if (rank.device_tokens == rank.tokens) return "all activations stay on the device";
+    return fmt::format("activations of {} of {} tokens stay on the device, the others are streamed",
+                       count_text(rank.device_tokens), count_text(rank.tokens));
+}
+
 // What fills the memory of the rank that needs most.
 void add_memory(std::string& text, const std::vector<PlannedRank>& ranks) {
     const auto largest = std::ranges::max_element(ranks, {}, total_memory);
@@ -152,6 +159,10 @@ void add_memory(std::string& text, const std::vector<PlannedRank>& ranks) {
     for (const auto& item : largest->memory) rows.push_back({bytes_text(item.bytes), item.name});
     rows.push_back({bytes_text(total_memory(*largest)),
                     fmt::format("together; {} free", bytes_text(largest->free_memory))});
+    if (largest->host_memory > 0)
+        rows.push_back({bytes_text(largest->host_memory),
+                        fmt::format("of the host, {} free there: {}", bytes_text(largest->free_host_memory),
+                                    activations_text(*largest))});
     text += fmt::format("\nMemory of rank {} ({}), the largest\n", largest->rank, largest->host);
     text += table_text(rows, "rl", 2);
 }

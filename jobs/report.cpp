@@ -218,6 +218,8 @@ std::string to_json(const Report& report) {
                          {"output_bytes", report.output_bytes},
                          {"bits_per_weight", bits_per_weight(report.linears)},
                          {"seconds", report.seconds},
+                         {"block_seconds", report.block_seconds},
+                         {"peak_memory", report.peak_memory},
                          {"stage_seconds",
                           {{"forward", stages.forward},
                            {"hessian", stages.hessian},

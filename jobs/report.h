@@ -41,6 +41,8 @@ struct Report {
     std::int64_t parameters = 0;                       // of the whole model
     std::uint64_t source_bytes = 0, output_bytes = 0;  // of all tensors
     double seconds = 0.0;
+    std::vector<double> block_seconds;  // of each block, as rank 0 saw it
+    std::uint64_t peak_memory = 0;      // of the rank that took most: of its GPU, on the CPU of the process
     std::vector<LinearReport> linears;
     std::vector<std::string> warnings;
 };

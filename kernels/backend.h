@@ -2,10 +2,12 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <memory>
 #include <span>
 #include <string>
 #include <vector>
 
+#include "kernels/copy_lane.h"
 #include "kernels/tensor.h"
 
 namespace quantmill {
@@ -62,8 +64,13 @@ public:
     virtual std::string description() const = 0;  // hardware and libraries, for the report
     virtual DType activation_dtype() const = 0;   // f32 on the CPU, bf16 on GPUs
     virtual int threads() const { return 1; }     // host threads it computes with
-    virtual std::size_t free_memory() const = 0;  // bytes
+    // Bytes that may still be allocated, within compute.device_memory.
+    virtual std::size_t free_memory() const = 0;
+    virtual std::size_t peak_memory() const = 0;  // the most bytes that were taken at a time so far
     virtual bool host_memory() const = 0;         // whether the host may dereference views
+    // Tokens that one call of the forward operations should get, enough to keep the device busy. A numerical
+    // shape, so it depends on the kind of backend only.
+    virtual std::int64_t micro_batch_tokens() const = 0;
 
     // `what` names the allocation in an out-of-memory error. Zero bytes are allowed.
     virtual void* allocate(std::size_t bytes, const std::string& what) = 0;
@@ -78,6 +85,14 @@ public:
     // Converts between f32, f16 and bf16, rounding to nearest even.
     virtual void convert(ConstTensorView source, TensorView destination) = 0;
     virtual void synchronize() = 0;
+
+    // Copies that run beside the operations (kernels/copy_lane.h). allocate_host may be called by any thread.
+    virtual void* allocate_host(std::size_t bytes, const std::string& what) = 0;
+    virtual void deallocate_host(void* memory, std::size_t bytes) noexcept = 0;
+    HostBuffer host_buffer(std::size_t bytes, const std::string& what) { return {*this, bytes, what}; }
+    virtual std::unique_ptr<CopyLane> make_copy_lane() = 0;
+    virtual EventPtr record() = 0;
+    virtual void after(const Event& event) = 0;  // later operations begin when it has passed
 
     // --- Forward. x, out: activation dtype unless said otherwise; T tokens. ---
 
@@ -122,6 +137,10 @@ public:
 
     // --- GPTQ (docs/algorithm.md; Babai's nearest plane, arXiv 2507.18553). ---
 
+    // Bytes that reverse_cholesky and gptq_solve take beside their operands, for plans.
+    virtual std::size_t factor_workspace(std::int64_t columns) const = 0;
+    virtual std::size_t solve_workspace(std::int64_t rows, std::int64_t columns,
+                                        const QuantizationGrid& grid) const = 0;
     // Factors H = R·Rᵀ, R upper, from the lower triangle of h, in place: afterwards
     // h[i, j] = R_ij / R_jj for i < j and h[j, j] = R_jj; the lower triangle is undefined.
     // Returns false when H is not numerically positive definite (h is then undefined).

@@ -16,9 +16,10 @@
 namespace quantmill {
 namespace {
 
-std::unique_ptr<Backend> make_cuda_backend([[maybe_unused]] int local_rank) {
+std::unique_ptr<Backend> make_cuda_backend([[maybe_unused]] int local_rank,
+                                           [[maybe_unused]] std::optional<std::size_t> device_memory) {
 #ifdef QUANTMILL_WITH_CUDA
-    return std::make_unique<CudaBackend>(local_rank);
+    return std::make_unique<CudaBackend>(local_rank, device_memory);
 #else
     throw BadInput("this binary was built without CUDA: configure with --preset cuda");
 #endif
@@ -50,9 +51,10 @@ std::vector<std::string> built_backends() {
 #endif
 }
 
-std::unique_ptr<Backend> make_backend(const std::string& kind, int local_rank, int local_ranks) {
+std::unique_ptr<Backend> make_backend(const std::string& kind, int local_rank, int local_ranks,
+                                      std::optional<std::size_t> device_memory) {
     if (kind == "cuda" || (kind == "auto" && cuda_device_visible())) {
-        return make_cuda_backend(local_rank);
+        return make_cuda_backend(local_rank, device_memory);
     }
     if (kind == "cpu" || kind == "auto") {
         return std::make_unique<CpuBackend>(threads_of_rank(local_ranks));

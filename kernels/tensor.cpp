@@ -31,4 +31,21 @@ Tensor& Tensor::operator=(Tensor&& other) noexcept {
     return *this;
 }
 
+HostBuffer::HostBuffer(Backend& backend, std::size_t bytes, const std::string& what)
+    : backend_(&backend), data_(static_cast<std::byte*>(backend.allocate_host(bytes, what))), size_(bytes) {}
+
+HostBuffer::~HostBuffer() {
+    if (data_ != nullptr) backend_->deallocate_host(data_, size_);
+}
+
+HostBuffer::HostBuffer(HostBuffer&& other) noexcept
+    : backend_(other.backend_), data_(std::exchange(other.data_, nullptr)), size_(other.size_) {}
+
+HostBuffer& HostBuffer::operator=(HostBuffer&& other) noexcept {
+    std::swap(backend_, other.backend_);
+    std::swap(data_, other.data_);
+    std::swap(size_, other.size_);
+    return *this;
+}
+
 }  // namespace quantmill

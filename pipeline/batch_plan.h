@@ -21,10 +21,11 @@ struct BatchShard {
     std::int64_t tokens() const;
 };
 
-// Sequences of a shard are consecutive. Their number is a power of two, at most kMaxBatchShards and at most
-// the number of sequences. A micro-batch takes whole sequences up to kMicroBatchTokens, at least one.
+// Sequences of a shard are consecutive. The number of shards is a power of two, at most kMaxBatchShards and
+// at most the number of sequences. A micro-batch takes whole sequences up to micro_batch_tokens (the
+// backend's own), at least one.
 inline constexpr std::int64_t kMaxBatchShards = 16;
-inline constexpr std::int64_t kMicroBatchTokens = 2048;
-std::vector<BatchShard> plan_batch_shards(std::span<const std::int64_t> lengths);
+std::vector<BatchShard> plan_batch_shards(std::span<const std::int64_t> lengths,
+                                          std::int64_t micro_batch_tokens);
 
 }  // namespace quantmill

@@ -1,6 +1,9 @@
 #include "pipeline/block_weights.h"
 
+#include <algorithm>
+#include <atomic>
 #include <iterator>
+#include <mutex>
 
 namespace quantmill {
 namespace {
@@ -9,6 +12,27 @@ std::vector<std::int64_t> extents(const Shape& shape) {
     std::vector<std::int64_t> result;
     for (std::size_t axis = 0; axis < shape.rank(); ++axis) result.push_back(shape[axis]);
     return result;
+}
+
+Shape shape_of(const StoredTensor& stored) {
+    if (stored.shape.size() == 1) return {stored.shape[0]};
+    if (stored.shape.size() == 2) return {stored.shape[0], stored.shape[1]};
+    throw BadInput("tensor '{}' has {} dimensions; the weights of a model have 1 or 2", stored.name,
+                   stored.shape.size());
+}
+
+// With several threads, since one does not keep a parallel file system busy.
+template <class T, class Work>
+void for_each_on_threads(std::vector<T>& items, const Work& work) {
+    constexpr std::size_t kThreads = 8;
+    std::atomic<std::size_t> next = 0;
+    std::vector<std::future<void>> threads;
+    for (std::size_t t = 0; t < std::min(kThreads, items.size()); ++t) {
+        threads.push_back(std::async(std::launch::async, [&] {
+            for (std::size_t i = next++; i < items.size(); i = next++) work(items[i]);
+        }));
+    }
+    for (std::future<void>& thread : threads) thread.get();
 }
 
 }  // namespace
@@ -25,7 +49,12 @@ DType weight_dtype(const CheckpointReader& reader, const std::string& name) {
 
 WeightLoader::WeightLoader(Backend& backend, Control& control, Communicator& communicator,
                            const CheckpointReader& reader, const ModelGraph& graph)
-    : backend_(backend), control_(control), communicator_(communicator), reader_(reader), graph_(graph) {
+    : backend_(backend),
+      control_(control),
+      communicator_(communicator),
+      reader_(reader),
+      graph_(graph),
+      lane_(backend.make_copy_lane()) {
     const auto config = reader.config().find("quantization_config");
     if (config != reader.config().end() && !config->is_null()) {
         const std::string file = (reader.directory() / "config.json").string();
@@ -52,35 +81,61 @@ int WeightLoader::owner_of(const std::string& name) const {
     return static_cast<int>(position % control_.size());
 }
 
-WeightLoader::HostTensors WeightLoader::read_share(const std::vector<std::string>& names) const {
-    HostTensors share;
-    for (const std::string& name : names) {
-        // A missing tensor is reported by load.
-        if (!reader_.contains(name) || owner_of(name) != control_.rank()) continue;
-        const StoredTensor& tensor = reader_.find(name);
-        std::vector<std::byte> bytes(tensor.bytes());
-        reader_.read(name, bytes.data());
-        require_finite(tensor, bytes.data(), reader_.file_of(name).string());
-        share.emplace(name, std::move(bytes));
-    }
-    return share;
+WeightLoader::Coming WeightLoader::expect(const std::string& name) {
+    const StoredTensor& stored = reader_.find(name);
+    return {name, backend_.host_buffer(stored.bytes(), "read-ahead of " + name),
+            backend_.empty(shape_of(stored), weight_dtype(reader_, name), name)};
+}
+
+EventPtr WeightLoader::bring(std::vector<Coming>& share) {
+    std::mutex lane;
+    for_each_on_threads(share, [&](Coming& coming) {
+        const StoredTensor& stored = reader_.find(coming.name);
+        reader_.read(coming.name, coming.host.data());
+        require_finite(stored, coming.host.data(), reader_.file_of(coming.name).string());
+        const std::lock_guard lock(lane);
+        lane_->upload(coming.host.data(), coming.tensor);
+    });
+    return lane_->record();
 }
 
 void WeightLoader::prefetch_block(int block) {
     if (block >= graph_.blocks) return;
     prefetched_block_ = block;
-    prefetch_ =
-        std::async(std::launch::async, [this, names = names_of_block(block)] { return read_share(names); });
+    for (const std::string& name : names_of_block(block)) {
+        // A missing tensor is reported by load.
+        if (reader_.contains(name) && owner_of(name) == control_.rank()) share_.push_back(expect(name));
+    }
+    // The memory is this rank's only once the backend has come to its allocation.
+    lane_->after(*backend_.record());
+    arrival_ = std::async(std::launch::async, [this] { return bring(share_); });
+}
+
+void WeightLoader::await_prefetch() {
+    const EventPtr arrived = arrival_.get();
+    backend_.after(*arrived);
+    arrived->wait();  // the host memory is free now
+    for (Coming& coming : share_) at_hand_.emplace(coming.name, std::move(coming.tensor));
+    share_.clear();
+    prefetched_block_ = -1;
 }
 
 Tensor WeightLoader::load(const std::string& name, const Shape& shape) {
     reader_.find(name, extents(shape));
-    Tensor tensor = backend_.empty(shape, weight_dtype(reader_, name), name);
     const int owner = owner_of(name);
-    if (control_.rank() == owner) {
-        auto found = at_hand_.extract(name);
-        HostTensors read = found.empty() ? read_share({name}) : HostTensors{};
-        backend_.copy_from_host(found.empty() ? read.at(name).data() : found.mapped().data(), tensor);
+    Tensor tensor;
+    if (auto found = at_hand_.extract(name); !found.empty()) {
+        tensor = std::move(found.mapped());
+    } else if (control_.rank() == owner) {
+        std::vector<Coming> one;
+        one.push_back(expect(name));
+        lane_->after(*backend_.record());
+        const EventPtr arrived = bring(one);
+        backend_.after(*arrived);
+        arrived->wait();
+        tensor = std::move(one.front().tensor);
+    } else {
+        tensor = backend_.empty(shape, weight_dtype(reader_, name), name);
     }
     communicator_.broadcast(tensor, owner);
     return tensor;
@@ -110,10 +165,7 @@ LinearWeights WeightLoader::load_linear(int block, const Linear& linear) {
 }
 
 BlockWeights WeightLoader::load_block(int block) {
-    if (prefetched_block_ == block) {
-        at_hand_ = prefetch_.get();
-        prefetched_block_ = -1;
-    }
+    if (prefetched_block_ == block) await_prefetch();
     BlockWeights weights;
     for (const auto& [norm, length] : graph_.norms()) {
         weights.norms.emplace(norm, load_as(graph_.in_block(block, norm), {length}, DType::f32));

@@ -34,7 +34,8 @@ public:
     WeightLoader(Backend& backend, Control& control, Communicator& communicator,
                  const CheckpointReader& reader, const ModelGraph& graph);
 
-    // Starts reading this rank's share of a block in the background; load_block uses it when it is there.
+    // Starts reading this rank's share of a block and bringing it to the backend, beside whatever the backend
+    // computes; load_block uses it when it is there.
     void prefetch_block(int block);
     // Weights as stored, without `forward`.
     BlockWeights load_block(int block);
@@ -46,10 +47,17 @@ public:
     Tensor to_forward(const Tensor& stored);  // converted to the activation dtype
 
 private:
-    using HostTensors = std::map<std::string, std::vector<std::byte>>;
+    // A tensor on its way from disk to the backend.
+    struct Coming {
+        std::string name;
+        HostBuffer host;
+        Tensor tensor;
+    };
     std::vector<std::string> names_of_block(int block) const;
     int owner_of(const std::string& name) const;  // the rank that reads a tensor
-    HostTensors read_share(const std::vector<std::string>& names) const;
+    Coming expect(const std::string& name);
+    EventPtr bring(std::vector<Coming>& share);  // reads, checks for NaN, uploads
+    void await_prefetch();
     LinearWeights load_linear(int block, const Linear& linear);
     Tensor decode_linear(int block, const Linear& linear);
 
@@ -59,9 +67,11 @@ private:
     const CheckpointReader& reader_;
     const ModelGraph& graph_;
     std::unique_ptr<GptqScheme> scheme_;  // of a quantized checkpoint
+    std::unique_ptr<CopyLane> lane_;
     int prefetched_block_ = -1;
-    std::future<HostTensors> prefetch_;
-    HostTensors at_hand_;
+    std::vector<Coming> share_;  // of the block that is being prefetched
+    std::map<std::string, Tensor> at_hand_;
+    std::future<EventPtr> arrival_;  // goes first: its thread fills the share
 };
 
 }  // namespace quantmill

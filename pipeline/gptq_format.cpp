@@ -30,17 +30,8 @@ std::uint32_t unpack_code(const std::uint32_t* words, std::size_t k, int bits) {
 }
 
 template <class T>
-std::vector<T> to_host(Backend& backend, ConstTensorView view) {
-    std::vector<T> host(static_cast<std::size_t>(view.shape().count()));
-    backend.copy_to_host(view, host.data());
-    return host;
-}
-
-template <class T>
-std::vector<std::byte> as_bytes_of(const std::vector<T>& values) {
-    std::vector<std::byte> bytes(values.size() * sizeof(T));
-    std::memcpy(bytes.data(), values.data(), bytes.size());
-    return bytes;
+std::span<const T> values_of(const HostBuffer& buffer) {
+    return {reinterpret_cast<const T*>(buffer.data()), buffer.size() / sizeof(T)};
 }
 
 template <class T>
@@ -52,7 +43,7 @@ std::vector<T> from_bytes(const std::vector<std::byte>& bytes) {
 
 // [R, G] -> [G, R]
 template <class T>
-std::vector<T> transposed(const std::vector<T>& values, std::size_t rows, std::size_t columns) {
+std::vector<T> transposed(std::span<const T> values, std::size_t rows, std::size_t columns) {
     std::vector<T> result(values.size());
     for (std::size_t r = 0; r < rows; ++r) {
         for (std::size_t c = 0; c < columns; ++c) result[c * rows + r] = values[r * columns + c];
@@ -61,8 +52,9 @@ std::vector<T> transposed(const std::vector<T>& values, std::size_t rows, std::s
 }
 
 // zero − 1 wraps inside the field when zero is 0, so that readers which add 1 modulo 2^b restore it.
-std::vector<std::uint32_t> pack_zeros(const std::vector<std::uint8_t>& zeros, std::size_t rows,
-                                      std::size_t groups, int bits, GptqFormat format) {
+std::vector<std::uint32_t> pack_zeros(const HostBuffer& stored, std::size_t rows, std::size_t groups,
+                                      int bits, GptqFormat format) {
+    const auto zeros = values_of<std::uint8_t>(stored);
     const std::uint32_t mask = (1U << static_cast<unsigned>(bits)) - 1U;
     const std::uint32_t offset = format == GptqFormat::v1 ? 1 : 0;
     std::vector<std::uint32_t> packed;
@@ -106,28 +98,39 @@ std::string gptq_obstacle(std::int64_t rows, std::int64_t columns, const Quantiz
     return {};
 }
 
-std::vector<EncodedTensor> encode_gptq(Backend& backend, const std::string& prefix,
-                                       const QuantizedLinear& quantized, std::int64_t begin, std::int64_t end,
-                                       GptqFormat format) {
+EncodedLinear::EncodedLinear(Backend& backend, CopyLane& lane, const QuantizedLinear& quantized,
+                             std::int64_t begin, std::int64_t end)
+    : grid_(quantized.grid),
+      rows_(static_cast<std::size_t>(end - begin)),
+      groups_(static_cast<std::size_t>(grid_.groups(quantized.columns()))),
+      g_idx_(quantized.g_idx) {
     const ConstQuantizedViews views = quantized.rows(begin, end);
-    const std::int64_t rows = end - begin;
-    const std::int64_t columns = quantized.columns();
-    const std::int64_t groups = quantized.grid.groups(columns);
-    const int bits = quantized.grid.bits;
+    Tensor packed =
+        backend.empty({quantized.columns() * grid_.bits / 32, end - begin}, DType::i32, "packed codes");
+    backend.pack(views.codes, grid_.bits, packed);
+    lane.after(*backend.record());
+    const auto download = [&](ConstTensorView view) {
+        HostBuffer buffer = backend.host_buffer(view.size_bytes(), "a linear to be written");
+        lane.download(view, buffer.data());
+        return buffer;
+    };
+    qweight_ = download(packed);
+    scales_ = download(views.scales);
+    zeros_ = download(views.zeros);
+    arrived_ = lane.record();
+    backend.after(*arrived_);  // before the tensors' memory is used again
+}
 
-    const Tensor packed = [&] {
-        Tensor words = backend.empty({columns * bits / 32, rows}, DType::i32, "packed codes");
-        backend.pack(views.codes, bits, words);
-        return words;
-    }();
-    const auto scales = transposed(to_host<std::uint16_t>(backend, views.scales),
-                                   static_cast<std::size_t>(rows), static_cast<std::size_t>(groups));
-    const auto zeros = pack_zeros(to_host<std::uint8_t>(backend, views.zeros), static_cast<std::size_t>(rows),
-                                  static_cast<std::size_t>(groups), bits, format);
-    return {{prefix + ".qweight", as_bytes_of(to_host<std::int32_t>(backend, packed))},
-            {prefix + ".qzeros", as_bytes_of(zeros)},
-            {prefix + ".scales", as_bytes_of(scales)},
-            {prefix + ".g_idx", as_bytes_of(quantized.g_idx)}};
+std::size_t EncodedLinear::bytes() const { return qweight_.size() + scales_.size() + zeros_.size(); }
+
+void EncodedLinear::write(const std::string& prefix, GptqFormat format, const Sink& sink) const {
+    arrived_->wait();
+    sink(prefix + ".qweight", qweight_.data(), qweight_.size());
+    const auto zeros = pack_zeros(zeros_, rows_, groups_, grid_.bits, format);
+    sink(prefix + ".qzeros", zeros.data(), zeros.size() * sizeof(zeros[0]));
+    const auto scales = transposed(values_of<std::uint16_t>(scales_), rows_, groups_);
+    sink(prefix + ".scales", scales.data(), scales.size() * sizeof(scales[0]));
+    sink(prefix + ".g_idx", g_idx_.data(), g_idx_.size() * sizeof(g_idx_[0]));
 }
 
 GptqScheme gptq_scheme_from(const nlohmann::json& config, const std::string& file) {
@@ -164,8 +167,8 @@ QuantizedLinear decode_gptq(Backend& backend, const std::string& prefix, std::in
     backend.unpack(packed, grid.bits, quantized.codes);
 
     const auto stored_scales = from_bytes<std::uint16_t>(read(prefix + ".scales"));
-    const auto scales =
-        transposed(stored_scales, static_cast<std::size_t>(groups), static_cast<std::size_t>(rows));
+    const auto scales = transposed<std::uint16_t>(stored_scales, static_cast<std::size_t>(groups),
+                                                  static_cast<std::size_t>(rows));
     backend.copy_from_host(scales.data(), quantized.scales);
 
     const auto words = from_bytes<std::uint32_t>(read(prefix + ".qzeros"));

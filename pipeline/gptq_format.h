@@ -27,14 +27,25 @@ std::vector<StoredTensor> gptq_tensors(const std::string& prefix, std::int64_t r
 std::string gptq_obstacle(std::int64_t rows, std::int64_t columns, const QuantizationGrid& grid,
                           GptqFormat format);
 
-struct EncodedTensor {
-    std::string name;
-    std::vector<std::byte> bytes;
+// Rows [begin, end) of a group's result on their way to a file: packed by the backend, then downloaded by a
+// lane.
+class EncodedLinear {
+public:
+    EncodedLinear(Backend& backend, CopyLane& lane, const QuantizedLinear& quantized, std::int64_t begin,
+                  std::int64_t end);
+    std::size_t bytes() const;
+
+    using Sink = std::function<void(const std::string& name, const void* data, std::size_t bytes)>;
+    // Waits for the download, then hands the tensors of linear `prefix` to sink. On any thread.
+    void write(const std::string& prefix, GptqFormat format, const Sink& sink) const;
+
+private:
+    QuantizationGrid grid_;
+    std::size_t rows_, groups_;
+    std::vector<std::int32_t> g_idx_;
+    HostBuffer qweight_, scales_, zeros_;  // as packed; [R, G]; [R, G]
+    EventPtr arrived_;
 };
-// Rows [begin, end) of a group's result as the tensors of linear `prefix`.
-std::vector<EncodedTensor> encode_gptq(Backend& backend, const std::string& prefix,
-                                       const QuantizedLinear& quantized, std::int64_t begin, std::int64_t end,
-                                       GptqFormat format);
 
 // How a checkpoint says it is quantized: the relevant part of its quantization_config.
 struct GptqScheme {
@@ -46,7 +57,7 @@ GptqScheme gptq_scheme_from(const nlohmann::json& quantization_config, const std
 
 // Reads the tensors of a linear by name; used by decode_gptq.
 using TensorBytes = std::function<std::vector<std::byte>(const std::string& name)>;
-// The inverse of encode_gptq for any g_idx and for checkpoints made by others. Throws BadInput for a g_idx
+// The inverse of EncodedLinear for any g_idx and for checkpoints made by others. Throws BadInput for a g_idx
 // out of range.
 QuantizedLinear decode_gptq(Backend& backend, const std::string& prefix, std::int64_t rows,
                             std::int64_t columns, const GptqScheme& scheme, const TensorBytes& read);

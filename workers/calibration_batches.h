@@ -1,6 +1,9 @@
 #pragma once
 
+#include <array>
 #include <cstdint>
+#include <limits>
+#include <memory>
 #include <vector>
 
 #include "kernels/backend.h"
@@ -9,38 +12,89 @@
 
 namespace quantmill {
 
+// What a pass over the batches reads and writes of the state that is kept between stages.
+struct StateUse {
+    bool reads_hidden = false, writes_hidden = false;
+    std::int64_t reads_carried = 0, writes_carried = 0;  // columns of the carried input
+};
+
+// The use of a pass that looks at the inputs of a stage, and of one that runs stages [first, last).
+StateUse use_of_input(const ModelGraph& graph, std::size_t stage);
+StateUse use_of_stages(const ModelGraph& graph, std::size_t first, std::size_t last);
+
 // The micro-batches that one rank owns and what it keeps of them between blocks: the residual stream and the
-// input carried to the next stage, for all its tokens.
+// input carried to the next stage. The first batches live in device memory, the others in pinned host memory,
+// from where a pass streams them through two slots while it computes.
 class CalibrationBatches {
 public:
     struct Batch {
         MicroBatch plan;
-        std::int64_t first_token = 0;  // in this rank's buffers
+        std::int64_t first_token = 0;  // of this rank's tokens
+    };
+    // What a backend whose memory suffices keeps on the device.
+    static constexpr std::int64_t kAllTokens = std::numeric_limits<std::int64_t>::max();
+
+    // `shards`: those of this rank. Batches whose tokens all lie below device_tokens stay on the device.
+    CalibrationBatches(Backend& backend, const ModelGraph& graph, std::span<const BatchShard> shards,
+                       std::int64_t device_tokens = kAllTokens);
+
+    std::size_t shards() const { return shards_.size() - 1; }
+    // Batches of all shards, in order; those of shard s are [first_of(s), first_of(s + 1)).
+    const std::vector<Batch>& batches() const { return batches_; }
+    std::size_t first_of(std::size_t shard) const { return shards_[shard]; }
+
+    // One walk over all batches in order; the next batch is uploaded while the current one is computed.
+    class Pass {
+    public:
+        Pass(CalibrationBatches& batches, StateUse use);
+        ~Pass();
+        Pass(const Pass&) = delete;
+        Pass& operator=(const Pass&) = delete;
+        // Ends the work on the batch before and returns the next one's state.
+        BatchState next();
+
+    private:
+        CalibrationBatches& all_;
+        StateUse use_;
+        std::size_t opened_ = 0;
     };
 
-    // `shards`: those of this rank.
-    CalibrationBatches(Backend& backend, const ModelGraph& graph, std::span<const BatchShard> shards);
-
-    std::size_t shards() const { return shards_.size(); }
-    const std::vector<Batch>& shard(std::size_t index) const { return shards_[index]; }
-    // Calls visit(batch) for all batches in order.
+    // Calls visit(batch, state) for all batches in order.
     template <class Visit>
-    void for_each(const Visit& visit) const {
-        for (const auto& batches : shards_) {
-            for (const Batch& batch : batches) visit(batch);
-        }
+    void for_each(StateUse use, const Visit& visit) {
+        Pass pass(*this, use);
+        for (const Batch& batch : batches_) visit(batch, pass.next());
     }
-    BatchState state(const Batch& batch);
     // hidden = embedding of the batches' tokens; table [V, C] as stored.
     void embed(const std::vector<std::vector<std::int32_t>>& sequences, ConstTensorView table);
 
+    // Bytes that `tokens` tokens take, wherever they live.
     static std::size_t bytes(const ModelGraph& graph, std::int64_t tokens, DType activation);
 
 private:
+    struct State {
+        Tensor hidden;   // [tokens, hidden_size]
+        Tensor carried;  // [tokens, carried_width]
+    };
+    State make_state(std::int64_t tokens, const std::string& what);
+    bool on_device(std::size_t batch) const { return batch < device_batches_; }
+    BatchState view(std::size_t batch);
+    std::byte* host_hidden(std::size_t batch) const;
+    std::byte* host_carried(std::size_t batch) const;
+    void upload(std::size_t batch, const StateUse& use);
+    void download(std::size_t batch, const StateUse& use);
+
     Backend& backend_;
-    std::vector<std::vector<Batch>> shards_;
-    Tensor hidden_;   // [tokens, hidden_size]
-    Tensor carried_;  // [tokens, carried_width]
+    std::int64_t hidden_width_, carried_width_;
+    std::vector<Batch> batches_;
+    std::vector<std::size_t> shards_{0};  // first batch of each, then their number
+    std::size_t device_batches_ = 0;
+    std::int64_t device_tokens_ = 0;  // in them
+    State device_;
+    std::array<State, 2> slots_;
+    std::array<EventPtr, 2> uploaded_;
+    HostBuffer host_hidden_, host_carried_;
+    std::unique_ptr<CopyLane> lane_;  // goes first: its copies use the buffers
 };
 
 // The largest micro-batch and the longest sequence of a job: what scratch buffers are sized for.

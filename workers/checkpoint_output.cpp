@@ -80,24 +80,29 @@ CheckpointOutput::CheckpointOutput(const PreparedJob& job, Control& control, Bac
       backend_(backend),
       format_(gptq_format_from(job.spec.output.format)),
       writer_(job.spec.output.directory, job.layout.shards,
-              output_shards_of_rank(job.layout.shards.size(), control.rank(), control.size())) {}
+              output_shards_of_rank(job.layout.shards.size(), control.rank(), control.size())),
+      lane_(backend.make_copy_lane()),
+      writes_(kMostWaiting) {}
 
 void CheckpointOutput::copy_untouched() {
-    std::vector<std::byte> piece;
     for (const std::string& name : job_.layout.copied) {
-        if (!writer_.owns(name)) continue;
-        const StoredTensor& tensor = job_.reader.find(name);
-        const std::string file = job_.reader.file_of(name).string();
-        for (std::uint64_t offset = 0; offset == 0 || offset < tensor.bytes(); offset += kCopyPiece) {
-            piece.resize(std::min(kCopyPiece, tensor.bytes() - offset));
-            job_.reader.read(name, offset, piece.data(), piece.size());
-            StoredTensor part = tensor;
-            part.shape = {
-                static_cast<std::int64_t>(piece.size() * 8 / safetensors_bits(tensor.dtype).value_or(8))};
-            part.end = part.begin + piece.size();
-            require_finite(part, piece.data(), file);
-            writer_.write_piece(name, offset, piece.data(), piece.size());
-        }
+        if (writer_.owns(name)) writes_.submit(kCopyPiece, [this, name] { copy_tensor(name); });
+    }
+}
+
+void CheckpointOutput::copy_tensor(const std::string& name) {
+    const StoredTensor& tensor = job_.reader.find(name);
+    const std::string file = job_.reader.file_of(name).string();
+    std::vector<std::byte> piece;
+    for (std::uint64_t offset = 0; offset == 0 || offset < tensor.bytes(); offset += kCopyPiece) {
+        piece.resize(std::min(kCopyPiece, tensor.bytes() - offset));
+        job_.reader.read(name, offset, piece.data(), piece.size());
+        StoredTensor part = tensor;
+        part.shape = {
+            static_cast<std::int64_t>(piece.size() * 8 / safetensors_bits(tensor.dtype).value_or(8))};
+        part.end = part.begin + piece.size();
+        require_finite(part, piece.data(), file);
+        writer_.write_piece(name, offset, piece.data(), piece.size());
     }
 }
 
@@ -107,7 +112,9 @@ void CheckpointOutput::write_bias(const std::string& name, const Tensor& bias) {
     backend_.convert(bias, half);
     std::vector<std::byte> bytes(half.view().size_bytes());
     backend_.copy_to_host(half, bytes.data());
-    writer_.write(name, bytes.data(), bytes.size());
+    writes_.submit(bytes.size(), [this, name, bytes = std::move(bytes)] {
+        writer_.write(name, bytes.data(), bytes.size());
+    });
 }
 
 void CheckpointOutput::write_group(int block, const LinearGroup& group, const QuantizedLinear& quantized,
@@ -120,12 +127,14 @@ void CheckpointOutput::write_group(int block, const LinearGroup& group, const Qu
         const bool any = std::any_of(tensors.begin(), tensors.end(),
                                      [&](const StoredTensor& tensor) { return writer_.owns(tensor.name); });
         if (any) {
-            for (const EncodedTensor& encoded :
-                 encode_gptq(backend_, prefix, quantized, row, row + linear.rows, format_)) {
-                if (writer_.owns(encoded.name)) {
-                    writer_.write(encoded.name, encoded.bytes.data(), encoded.bytes.size());
-                }
-            }
+            const auto encoded =
+                std::make_shared<EncodedLinear>(backend_, *lane_, quantized, row, row + linear.rows);
+            writes_.submit(encoded->bytes(), [this, prefix, encoded] {
+                encoded->write(prefix, format_,
+                               [this](const std::string& name, const void* data, std::size_t bytes) {
+                                   if (writer_.owns(name)) writer_.write(name, data, bytes);
+                               });
+            });
         }
         if (linear.bias) write_bias(prefix + ".bias", weights[l].bias);
         row += linear.rows;
@@ -133,6 +142,7 @@ void CheckpointOutput::write_group(int block, const LinearGroup& group, const Qu
 }
 
 void CheckpointOutput::finish(const Report& report) {
+    writes_.finish();
     writer_.finish();
     control_.barrier();
     if (control_.rank() == 0) write_documents(report);

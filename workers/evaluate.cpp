@@ -126,13 +126,13 @@ struct Evaluation {
     std::vector<BatchShard> shards;
 };
 
-Evaluation prepare(const EvalCommand& command) {
+Evaluation prepare(const EvalCommand& command, std::int64_t micro_batch_tokens) {
     CheckpointReader reader(command.model);
     ModelGraph graph = build_model_graph(reader.config(), (command.model / "config.json").string());
     CalibrationStore store = load_calibration_store(
         command.tokens, {command.sequences, command.sequence_length, graph.vocab_size,
                          command.model / "tokenizer.json", command.allow_tokenizer_mismatch});
-    auto shards = plan_batch_shards(lengths_of(store.sequences));
+    auto shards = plan_batch_shards(lengths_of(store.sequences), micro_batch_tokens);
     return {std::move(reader), std::move(graph), std::move(store), std::move(shards)};
 }
 
@@ -154,7 +154,9 @@ Likelihood forward(const EvalCommand& command, const Evaluation& job, Control& c
     for (int block = 0; block < job.graph.blocks; ++block) {
         const BlockWeights weights = loader.load_block_for_forward(block);
         loader.prefetch_block(block + 1);
-        batches.for_each([&](const auto& batch) { block_forward.run_block(weights, batches.state(batch)); });
+        const StateUse use = use_of_stages(job.graph, 0, job.graph.stages.size());
+        batches.for_each(
+            use, [&](const auto&, const BatchState& state) { block_forward.run_block(weights, state); });
     }
 
     std::optional<LogitFile> file;
@@ -165,9 +167,9 @@ Likelihood forward(const EvalCommand& command, const Evaluation& job, Control& c
     }
     Likelihood likelihood{std::vector<double>(job.store.sequences.size()), 0};
     LogitHead head(backend, loader, job.graph);
-    batches.for_each([&](const auto& batch) {
+    batches.for_each({.reads_hidden = true}, [&](const auto& batch, const BatchState& state) {
         const Targets targets = targets_of(batch.plan, job.store.sequences);
-        head.apply(batches.state(batch).hidden, [&](std::int64_t first, TensorView logits) {
+        head.apply(state.hidden, [&](std::int64_t first, TensorView logits) {
             add_batch(backend, batch.plan, targets, first, logits, likelihood);
             if (file) file->append(backend, logits);
         });
@@ -190,8 +192,9 @@ void evaluate(const EvalCommand& command, Control& control) {
         throw BadInput("--logits writes one file in order: run `quantmill eval` on one rank for it");
     }
     const Stopwatch watch;
-    const Evaluation job = rank_zero_first(control, [&] { return prepare(command); });
     const auto backend = make_backend(command.backend, control.local_rank(), control.local_size());
+    const Evaluation job =
+        rank_zero_first(control, [&] { return prepare(command, backend->micro_batch_tokens()); });
     Likelihood likelihood = forward(command, job, control, *backend);
 
     // Each sequence is a rank's own: adding the other ranks' zeros is exact.

@@ -4,21 +4,28 @@
 #include <cmath>
 #include <nlohmann/json.hpp>
 
+#include "kernels/cpu/free_memory.h"
+#include "pipeline/gptq_solver.h"
 #include "pipeline/hessian.h"
 #include "pipeline/model_card.h"
 #include "pipeline/stopwatch.h"
 #include "workers/calibration_batches.h"
+#include "workers/checkpoint_output.h"
 #include "workers/placement.h"
 
 namespace quantmill {
 namespace {
 
-// Shares of the matrix product's rate that other stages were seen to reach on the CPU (bench/RESULTS.md), and
-// a disk rate that shared file systems usually keep.
-constexpr double kAttentionShare = 0.4;
-constexpr double kFactorShare = 0.5;
-constexpr double kSolveShare = 0.4;
+// Shares of the matrix product's rate that other stages were seen to reach (bench/RESULTS.md).
+struct RateShares {
+    double attention, hessian, factor, solve;
+    double seconds_per_column;  // of a factorization, whose columns follow each other
+};
+constexpr RateShares kHostShares{0.4, 1.0, 0.5, 0.4, 0.0};
+constexpr RateShares kDeviceShares{0.3, 0.8, 0.25, 0.2, 6e-7};
+// Rates that shared file systems and copies between a host and its GPUs usually keep.
 constexpr double kDiskBytesPerSecond = 5e8;
+constexpr double kHostCopyBytesPerSecond = 2e10;
 
 std::string last_part(const std::string& name) { return name.substr(name.rfind('.') + 1); }
 
@@ -65,40 +72,90 @@ PlannedCalibration describe_calibration(const PreparedJob& job) {
     return calibration;
 }
 
-// Upper bounds of what a rank holds at once, by purpose.
-std::vector<NamedBytes> memory_of(const PreparedJob& job, const Backend& backend, std::int64_t tokens,
-                                  int world_size) {
+// What a rank holds at once in one stage of a block, beside activations and weights.
+struct StageMemory {
+    std::uint64_t hessian = 0;  // sum and factor
+    std::uint64_t solve = 0;    // rows, codes and workspace, or what the factorization takes
+    std::uint64_t total() const { return hessian + solve; }
+};
+
+StageMemory memory_of_stage(const PreparedJob& job, const Backend& backend, const LinearGroup& group,
+                            int world_size) {
+    const QuantizationSpec& spec = job.spec.quantization;
+    const std::int64_t rows = solve_ranges(group.rows(), world_size).front().count();
+    const std::int64_t columns = group.columns();
+    const QuantizationGrid grid = grid_for(spec.bits, spec.group_size, spec.sym, columns);
+    const std::uint64_t mine = static_cast<std::uint64_t>(rows * columns) * sizeof(float);
+    const std::uint64_t order =
+        spec.desc_act ? mine + mine / sizeof(float) : 0;  // weights and codes in act order
+    const std::uint64_t natural =
+        spec.desc_act ? static_cast<std::uint64_t>(columns * columns) * sizeof(float) : 0;
+    const auto codes = static_cast<std::uint64_t>(group.rows() * (columns + 3 * grid.groups(columns)));
+    const std::uint64_t solve =
+        mine + codes + std::max(order + backend.solve_workspace(rows, columns, grid), mine);
+    return {HessianAccumulator::bytes(columns), std::max(solve, natural + backend.factor_workspace(columns))};
+}
+
+// What a rank holds at most, by purpose, without its calibration activations.
+std::vector<NamedBytes> fixed_memory(const PreparedJob& job, const Backend& backend, int world_size) {
     const ModelGraph& graph = job.graph;
-    const DType activation = backend.activation_dtype();
+    const QuantizationSpec& spec = job.spec.quantization;
     const std::uint64_t stored =
         size_of(dtype_from_safetensors(job.reader.find(graph.embedding).dtype).value_or(DType::f32));
-    std::uint64_t widest = 0, hessians = 0, solve = 0, codes = 0;
+    const std::uint64_t computed = size_of(backend.activation_dtype());
+    StageMemory peak;
+    std::uint64_t hessians = 0;
     for (const Stage& stage : graph.stages) {
-        const auto columns = static_cast<std::uint64_t>(stage.group.columns());
-        const std::uint64_t hessian = HessianAccumulator::bytes(stage.group.columns());
-        widest = std::max(widest, hessian);
-        hessians += hessian;
-        const auto rows =
-            static_cast<std::uint64_t>(solve_ranges(stage.group.rows(), world_size).back().count());
-        solve = std::max(solve, rows * columns * 2 * sizeof(float));
-        codes = std::max(codes, static_cast<std::uint64_t>(stage.group.rows()) * columns);
+        const StageMemory memory = memory_of_stage(job, backend, stage.group, world_size);
+        hessians += memory.hessian;
+        if (memory.total() > peak.total()) peak = memory;
     }
+    if (!spec.true_sequential) peak.hessian = hessians;
     const auto block = static_cast<std::uint64_t>(graph.block_parameters());
+    const std::uint64_t weights =
+        block * (spec.true_sequential ? std::max(stored, computed) : stored + computed);
+    const std::uint64_t share = block * stored / static_cast<std::uint64_t>(world_size);
     const std::uint64_t embedding = static_cast<std::uint64_t>(graph.vocab_size * graph.hidden_size) * stored;
-    return {{"calibration activations", CalibrationBatches::bytes(graph, tokens, activation)},
-            {"weights of a block", block * (stored + size_of(activation))},
-            {"read ahead", block * stored / static_cast<std::uint64_t>(world_size)},
-            {"Hessian and factor", job.spec.quantization.true_sequential ? widest : hessians},
-            {"rows being solved", solve + codes},
-            {"embedding or scratch",
-             std::max<std::uint64_t>(
-                 embedding, BlockForward::scratch_bytes(graph, limits_of(job.shards).tokens, activation))}};
+    const std::uint64_t in_block = weights + peak.total();
+    const std::int64_t batch = limits_of(job.shards).tokens;
+    std::vector<NamedBytes> memory{
+        {"weights of a block", weights},
+        {"read ahead", share * (backend.host_memory() ? 2 : 1)},  // as read, and as the backend's
+        {"forward scratch", BlockForward::scratch_bytes(graph, batch, backend.activation_dtype())},
+        {"Hessian and factor", peak.hessian},
+        {"rows being solved", peak.solve}};
+    if (embedding > in_block) memory.push_back({"embedding, before the blocks", embedding - in_block});
+    return memory;
+}
+
+// Decides how many of the rank's tokens keep their activations on the device, and what it holds then.
+void place_activations(const PreparedJob& job, const Backend& backend, int world_size, PlannedRank& rank) {
+    const auto bytes_of = [&](std::int64_t tokens) -> std::uint64_t {
+        return CalibrationBatches::bytes(job.graph, tokens, backend.activation_dtype());
+    };
+    rank.memory = fixed_memory(job, backend, world_size);
+    rank.device_tokens = rank.tokens;
+    if (!backend.host_memory()) {
+        rank.host_memory = 2 * rank.memory.at(1).bytes + CheckpointOutput::kMostWaiting;
+        const std::uint64_t slots = bytes_of(2 * limits_of(job.shards).tokens);
+        const std::uint64_t fixed = total_memory(rank);
+        if (fixed + bytes_of(rank.tokens) > rank.free_memory) {
+            rank.memory.push_back({"activations on their way from and to the host", slots});
+            const std::uint64_t left = rank.free_memory - std::min(rank.free_memory, fixed + slots);
+            rank.device_tokens = static_cast<std::int64_t>(left / bytes_of(1));
+            rank.host_memory += bytes_of(rank.tokens - rank.device_tokens);
+        }
+    }
+    rank.memory.insert(rank.memory.begin(), {"calibration activations", bytes_of(rank.device_tokens)});
 }
 
 std::vector<PlannedRank> describe_ranks(const PreparedJob& job, Control& control, const Backend& backend) {
-    const nlohmann::json mine{
-        control.host(),
-        backend.free_memory() / static_cast<std::size_t>(backend.host_memory() ? control.local_size() : 1)};
+    const auto share = [&](std::size_t bytes) {
+        return bytes / static_cast<std::size_t>(control.local_size());
+    };
+    const nlohmann::json mine{control.host(),
+                              backend.host_memory() ? share(backend.free_memory()) : backend.free_memory(),
+                              share(free_host_memory())};
     const std::vector<std::string> facts = control.all_gather(mine.dump());
     std::vector<PlannedRank> ranks;
     for (int rank = 0; rank < control.size(); ++rank) {
@@ -107,13 +164,13 @@ std::vector<PlannedRank> describe_ranks(const PreparedJob& job, Control& control
         const auto fact = nlohmann::json::parse(facts[static_cast<std::size_t>(rank)]);
         planned.host = fact.at(0).get<std::string>();
         planned.free_memory = fact.at(1).get<std::uint64_t>();
-        std::int64_t tokens = 0;
+        planned.free_host_memory = fact.at(2).get<std::uint64_t>();
         const RowRange shards =
             shards_of_rank(static_cast<std::int64_t>(job.shards.size()), rank, control.size());
         for (std::int64_t s = shards.begin; s < shards.end; ++s) {
             const BatchShard& shard = job.shards[static_cast<std::size_t>(s)];
             planned.shards.push_back(s);
-            tokens += shard.tokens();
+            planned.tokens += shard.tokens();
             for (const MicroBatch& batch : shard.micro_batches) planned.sequences += batch.sequences.count();
         }
         for (const Stage& stage : job.graph.stages) {
@@ -123,7 +180,7 @@ std::vector<PlannedRank> describe_ranks(const PreparedJob& job, Control& control
         for (const std::size_t file : output_shards_of_rank(job.layout.shards.size(), rank, control.size())) {
             planned.output_files.push_back(static_cast<std::int64_t>(file));
         }
-        planned.memory = memory_of(job, backend, tokens, control.size());
+        place_activations(job, backend, control.size(), planned);
         ranks.push_back(std::move(planned));
     }
     return ranks;
@@ -132,11 +189,10 @@ std::vector<PlannedRank> describe_ranks(const PreparedJob& job, Control& control
 // GFLOP/s of the slowest rank in products of the model's own shape, all ranks at once as in the run.
 double measure_gflops(const ModelGraph& graph, Control& control, Backend& backend) {
     const Linear& linear = graph.stages.front().group.linears.front();
-    Tensor x =
-        backend.empty({kMicroBatchTokens, linear.columns}, backend.activation_dtype(), "rate measurement");
+    const std::int64_t tokens = backend.micro_batch_tokens();
+    Tensor x = backend.empty({tokens, linear.columns}, backend.activation_dtype(), "rate measurement");
     Tensor w = backend.empty({linear.rows, linear.columns}, backend.activation_dtype(), "rate measurement");
-    Tensor out =
-        backend.empty({kMicroBatchTokens, linear.rows}, backend.activation_dtype(), "rate measurement");
+    Tensor out = backend.empty({tokens, linear.rows}, backend.activation_dtype(), "rate measurement");
     backend.zero(x);
     backend.zero(w);
     const auto product = [&] {
@@ -148,9 +204,23 @@ double measure_gflops(const ModelGraph& graph, Control& control, Backend& backen
     const Stopwatch watch;
     int repetitions = 0;
     for (; watch.seconds() < 0.3; ++repetitions) product();
-    const double flops = 2.0 * static_cast<double>(kMicroBatchTokens * linear.rows * linear.columns);
+    const double flops = 2.0 * static_cast<double>(tokens * linear.rows * linear.columns);
     const double mine = flops * repetitions / watch.seconds() * 1e-9;
     return static_cast<double>(-control.all_max({-std::llround(mine * 1e3)}).front()) * 1e-3;
+}
+
+// Elements a token that a block moves between device and host when the token's activations are kept there.
+std::int64_t streamed_elements(const ModelGraph& graph) {
+    std::int64_t elements = 0;
+    const auto count = [&](const StateUse& use) {
+        elements += use.reads_carried + use.writes_carried;
+        elements += graph.hidden_size * ((use.reads_hidden ? 1 : 0) + (use.writes_hidden ? 1 : 0));
+    };
+    for (std::size_t stage = 0; stage < graph.stages.size(); ++stage) {
+        count(use_of_input(graph, stage));
+        count(use_of_stages(graph, stage, stage + 1));
+    }
+    return elements;
 }
 
 // docs/algorithm.md, "Costs": operations over the measured rate.
@@ -160,30 +230,38 @@ PlannedTime estimate_time(const PreparedJob& job, Control& control, Backend& bac
     const double rate = time.gflops * 1e9;
     const double blocks = job.graph.blocks;
     const double ranks = control.size();
-    double busiest = 0.0;  // tokens of the rank that has most
+    const RateShares& share = backend.host_memory() ? kHostShares : kDeviceShares;
+    std::int64_t busiest_rank = 0;  // tokens of the rank that has most
+    std::int64_t streamed = 0;      // of the rank that keeps most on its host
     for (const PlannedRank& rank : plan.ranks) {
-        double tokens = 0.0;
-        for (const std::int64_t s : rank.shards)
-            tokens += static_cast<double>(job.shards[static_cast<std::size_t>(s)].tokens());
-        busiest = std::max(busiest, tokens);
+        busiest_rank = std::max(busiest_rank, rank.tokens);
+        streamed = std::max(streamed, rank.tokens - rank.device_tokens);
     }
+    const auto busiest = static_cast<double>(busiest_rank);
     const Attention& attention = job.graph.attention;
     const double attention_flops =
         2.0 * static_cast<double>(plan.calibration.longest * attention.heads * attention.head_dim);
     const double passes = job.spec.quantization.true_sequential ? 1.0 : 2.0;
     time.forward =
         passes * blocks * busiest *
-        (2.0 * static_cast<double>(job.graph.block_parameters()) + attention_flops / kAttentionShare) / rate;
+        (2.0 * static_cast<double>(job.graph.block_parameters()) + attention_flops / share.attention) / rate;
     for (const Stage& stage : job.graph.stages) {
         const auto n = static_cast<double>(stage.group.columns());
         const auto rows = static_cast<double>(stage.group.rows());
-        time.hessian += blocks * busiest * n * n / rate;
-        time.factor += blocks * n * n * n / 3.0 / (rate * kFactorShare);
-        time.solve += blocks * rows * n * n / (rate * kSolveShare * ranks);
+        time.hessian += blocks * busiest * n * n / (rate * share.hessian);
+        time.factor += blocks * (n * n * n / 3.0 / (rate * share.factor) + n * share.seconds_per_column);
+        time.solve += blocks * rows * n * n / (rate * share.solve * ranks);
     }
-    // Reading hides behind computing; the first block and the output's tail do not.
-    time.io = (static_cast<double>(plan.model.bytes) / blocks + static_cast<double>(plan.disk_needed)) /
-              kDiskBytesPerSecond;
+    const double streamed_bytes = blocks * static_cast<double>(streamed) *
+                                  static_cast<double>(size_of(backend.activation_dtype())) *
+                                  static_cast<double>(streamed_elements(job.graph));
+    // Reading and writing hide behind computing as far as that lasts; the first block and the output's tail
+    // do not.
+    const double computing = time.total();
+    const double disk =
+        (static_cast<double>(plan.model.bytes) + static_cast<double>(plan.disk_needed)) / kDiskBytesPerSecond;
+    const double copies = streamed_bytes / kHostCopyBytesPerSecond;
+    time.io = disk / blocks + std::max(0.0, std::max(disk, copies) - computing);
     return time;
 }
 
@@ -248,21 +326,30 @@ void find_warnings(const PreparedJob& job, Plan& plan) {
     }
 }
 
-void find_shortages(Plan& plan) {
+void find_shortages(Plan& plan, bool on_device) {
     if (plan.disk_needed > plan.disk_free) {
         plan.problems.push_back(fmt::format(
             "output.directory {}: the checkpoint needs {:.2f} GB, {:.2f} GB are free", plan.output_directory,
             static_cast<double>(plan.disk_needed) * 1e-9, static_cast<double>(plan.disk_free) * 1e-9));
     }
     for (const PlannedRank& rank : plan.ranks) {
-        const std::uint64_t needed = total_memory(rank);
-        if (needed <= rank.free_memory) continue;
-        plan.problems.push_back(
-            fmt::format("rank {} on {} needs {:.2f} GB of memory, {:.2f} GB are free: use more ranks on more "
-                        "hosts, or lower "
-                        "calibration.sequences or calibration.sequence_length",
-                        rank.rank, rank.host, static_cast<double>(needed) * 1e-9,
-                        static_cast<double>(rank.free_memory) * 1e-9));
+        if (const std::uint64_t needed = total_memory(rank); needed > rank.free_memory) {
+            plan.problems.push_back(fmt::format(
+                "rank {} on {} needs {:.2f} GB of {}, {:.2f} GB are free: use more ranks on more {}",
+                rank.rank, rank.host, static_cast<double>(needed) * 1e-9,
+                on_device ? "device memory" : "memory", static_cast<double>(rank.free_memory) * 1e-9,
+                on_device ? "GPUs, or raise compute.device_memory"
+                          : "hosts, or lower calibration.sequences or calibration.sequence_length"));
+        }
+        if (rank.host_memory > rank.free_host_memory) {
+            plan.problems.push_back(
+                fmt::format("rank {} on {} needs {:.2f} GB of host memory, {:.2f} GB are free: use more "
+                            "ranks on more hosts, "
+                            "ask for more host memory (Slurm's --mem), or lower calibration.sequences or "
+                            "calibration.sequence_length",
+                            rank.rank, rank.host, static_cast<double>(rank.host_memory) * 1e-9,
+                            static_cast<double>(rank.free_host_memory) * 1e-9));
+        }
     }
 }
 
@@ -289,7 +376,7 @@ Plan make_plan(const PreparedJob& job, Control& control, Backend& backend, const
     if (measure) plan.time = estimate_time(job, control, backend, plan);
     find_obstacles(job, plan);
     find_warnings(job, plan);
-    find_shortages(plan);
+    find_shortages(plan, !backend.host_memory());
     return plan;
 }
 

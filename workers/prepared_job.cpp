@@ -49,7 +49,7 @@ std::vector<std::int64_t> lengths_of(const std::vector<std::vector<std::int32_t>
     return lengths;
 }
 
-PreparedJob prepare_job(const JobSpec& spec) {
+PreparedJob prepare_job(const JobSpec& spec, std::int64_t micro_batch_tokens) {
     CheckpointReader reader(spec.model);
     require_unquantized(reader);
     ModelGraph graph = build_model_graph(reader.config(), (spec.model / "config.json").string());
@@ -59,7 +59,7 @@ PreparedJob prepare_job(const JobSpec& spec) {
         spec.calibration.tokens,
         {spec.calibration.sequences, spec.calibration.sequence_length, graph.vocab_size,
          spec.model / "tokenizer.json", spec.calibration.allow_tokenizer_mismatch});
-    std::vector<BatchShard> shards = plan_batch_shards(lengths_of(calibration.sequences));
+    std::vector<BatchShard> shards = plan_batch_shards(lengths_of(calibration.sequences), micro_batch_tokens);
 
     const QuantizationSpec& quantization = spec.quantization;
     OutputLayout layout =

@@ -23,7 +23,8 @@ struct PreparedJob {
 };
 
 // Throws BadInput for whatever is wrong with the model directory, the calibration store or their fit.
-PreparedJob prepare_job(const JobSpec& spec);
+// micro_batch_tokens: the backend's.
+PreparedJob prepare_job(const JobSpec& spec, std::int64_t micro_batch_tokens);
 
 // Lets rank 0 find what is wrong with the input, so that it is said once; the others follow when it is fine.
 template <class Prepare>

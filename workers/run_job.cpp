@@ -23,10 +23,11 @@ void refuse_problems(const Plan& plan) {
     throw BadInput("the job cannot run:\n  {}", fmt::join(plan.problems, "\n  "));
 }
 
-Worker::Options options_of(const QuantizationSpec& spec) {
+Worker::Options options_of(const QuantizationSpec& spec, std::int64_t device_tokens) {
     return {
         {{spec.bits, spec.group_size, spec.sym}, spec.desc_act, spec.damp_percent, spec.damp_auto_increment},
-        spec.true_sequential};
+        spec.true_sequential,
+        device_tokens};
 }
 
 // Rank 0 prepares the directory before any rank writes to it.
@@ -94,15 +95,33 @@ Report begin_report(const PreparedJob& job, Control& control, const Backend& bac
     return report;
 }
 
+struct OpenedJob {
+    std::unique_ptr<Backend> backend;
+    PreparedJob job;
+};
+
+OpenedJob open_job(const std::filesystem::path& file, const std::vector<std::string>& overrides,
+                   Control& control) {
+    const JobSpec spec = rank_zero_first(control, [&] { return load_job_spec(file, overrides); });
+    auto backend = make_backend(spec.compute.backend, control.local_rank(), control.local_size(),
+                                spec.compute.device_memory);
+    PreparedJob job =
+        rank_zero_first(control, [&] { return prepare_job(spec, backend->micro_batch_tokens()); });
+    return {std::move(backend), std::move(job)};
+}
+
 // The run loop: block after block, each read ahead, quantized and written.
-void quantize_blocks(const PreparedJob& job, Control& control, Backend& backend, Communicator& communicator,
-                     CheckpointOutput& output, Progress& progress, Report& report) {
+void quantize_blocks(const PreparedJob& job, std::int64_t device_tokens, Control& control, Backend& backend,
+                     Communicator& communicator, CheckpointOutput& output, Progress& progress,
+                     Report& report) {
     WeightLoader loader(backend, control, communicator, job.reader, job.graph);
-    Worker worker(backend, control, communicator, job.graph, options_of(job.spec.quantization), job.shards);
+    Worker worker(backend, control, communicator, job.graph, options_of(job.spec.quantization, device_tokens),
+                  job.shards);
     loader.prefetch_block(0);
     worker.embed(job.calibration.sequences,
                  loader.load(job.graph.embedding, {job.graph.vocab_size, job.graph.hidden_size}));
 
+    Stopwatch watch;
     for (int block = 0; block < job.graph.blocks; ++block) {
         Stopwatch io;
         BlockWeights weights = loader.load_block(block);
@@ -119,15 +138,14 @@ void quantize_blocks(const PreparedJob& job, Control& control, Backend& backend,
         double loss = 0.0;
         for (const LinearReport& linear : report.linears) loss += linear.block == block ? linear.loss : 0.0;
         progress.block_done(block, fmt::format("loss {:.4g}", loss));
+        report.block_seconds.push_back(watch.restart());
     }
 }
 
 }  // namespace
 
 void plan_job(const PlanCommand& command, Control& control) {
-    const PreparedJob job =
-        rank_zero_first(control, [&] { return prepare_job(load_job_spec(command.job, command.overrides)); });
-    const auto backend = make_backend(job.spec.compute.backend, control.local_rank(), control.local_size());
+    const auto [backend, job] = open_job(command.job, command.overrides, control);
     const auto communicator = make_communicator(job.spec.compute.communicator, control, *backend);
     Plan plan = make_plan(job, control, *backend, communicator->name(), command.measure);
     plan.job = command.job.string();
@@ -137,11 +155,10 @@ void plan_job(const PlanCommand& command, Control& control) {
 
 void run_job(const RunCommand& command, Control& control) {
     const Stopwatch watch;
-    const PreparedJob job =
-        rank_zero_first(control, [&] { return prepare_job(load_job_spec(command.job, command.overrides)); });
-    const auto backend = make_backend(job.spec.compute.backend, control.local_rank(), control.local_size());
+    const auto [backend, job] = open_job(command.job, command.overrides, control);
     const auto communicator = make_communicator(job.spec.compute.communicator, control, *backend);
     const Plan plan = make_plan(job, control, *backend, communicator->name(), true);
+    const PlannedRank& mine = plan.ranks.at(static_cast<std::size_t>(control.rank()));
     const double expected_seconds = plan.time ? plan.time->total() : 0.0;
     if (control.rank() == 0) refuse_problems(plan);
     control.barrier();
@@ -156,9 +173,11 @@ void run_job(const RunCommand& command, Control& control) {
     output.copy_untouched();
     {
         Progress progress(control.rank() == 0, job.graph.blocks, job.graph.stages.size(), expected_seconds);
-        quantize_blocks(job, control, *backend, *communicator, output, progress, report);
+        quantize_blocks(job, mine.device_tokens, control, *backend, *communicator, output, progress, report);
     }
     report.seconds = watch.seconds();
+    report.peak_memory = static_cast<std::uint64_t>(
+        control.all_max({static_cast<std::int64_t>(backend->peak_memory())}).front());
     output.finish(report);
     if (control.rank() == 0) {
         fmt::print("{}\ncheckpoint: {}\n", summary_table(report), job.spec.output.directory.string());

@@ -5,7 +5,6 @@
 #include <numeric>
 
 #include "pipeline/output_layout.h"
-#include "pipeline/stopwatch.h"
 #include "workers/placement.h"
 
 namespace quantmill {
@@ -69,8 +68,9 @@ Worker::Worker(Backend& backend, Control& control, Communicator& communicator, c
       options_(options),
       job_shards_(static_cast<std::int64_t>(shards.size())),
       job_tokens_(count_tokens(shards)),
-      batches_(backend, graph, own(shards, control)),
-      forward_(backend, graph, limits_of(shards).tokens, limits_of(shards).length) {
+      batches_(backend, graph, own(shards, control), options.device_tokens),
+      forward_(backend, graph, limits_of(shards).tokens, limits_of(shards).length),
+      clock_(backend) {
     if (!options.true_sequential) {
         trial_hidden_ = backend.empty({limits_of(shards).tokens, graph.hidden_size},
                                       backend.activation_dtype(), "trial hidden states");
@@ -117,9 +117,9 @@ std::vector<Worker::ReducedHessian> Worker::reduce_hessians(int block, StageSpan
     }
     for (int headroom = 0; headroom <= kMostHeadroom; headroom += kHeadroomStep) {
         if (try_hessians(block, stages, weights, headroom, hessians)) {
-            const Stopwatch watch;
+            clock_.start();
             for (ReducedHessian& hessian : hessians) communicator_.all_sum(hessian.accumulator.sum());
-            seconds_.hessian += watch.seconds();
+            clock_.lap(&StageSeconds::hessian);
             return hessians;
         }
         for (ReducedHessian& hessian : hessians) hessian.accumulator.restart();
@@ -131,45 +131,46 @@ std::vector<Worker::ReducedHessian> Worker::reduce_hessians(int block, StageSpan
 bool Worker::try_hessians(int block, StageSpan stages, const BlockWeights& weights, int headroom,
                           std::vector<ReducedHessian>& hessians) {
     bool fits = true;
+    CalibrationBatches::Pass pass(batches_, use_of_input(graph_, stages.first));
+    clock_.start();
     // Rank 0 owns the first shard, which fixes the exponents for all.
-    if (batches_.shards() > 0) accumulate_shard(0, stages, weights, hessians);
+    if (batches_.shards() > 0) accumulate_shard(0, stages, weights, pass, hessians);
     agree_on_exponents(block, stages, headroom, hessians);
     for (std::size_t shard = 0; shard < batches_.shards() && fits; ++shard) {
-        if (shard > 0) accumulate_shard(shard, stages, weights, hessians);
+        if (shard > 0) accumulate_shard(shard, stages, weights, pass, hessians);
         fits = close_shard(hessians);
     }
     return control_.all_max({fits ? 0 : 1}).front() == 0;
 }
 
 void Worker::accumulate_shard(std::size_t shard, StageSpan stages, const BlockWeights& weights,
-                              std::vector<ReducedHessian>& hessians) {
+                              CalibrationBatches::Pass& pass, std::vector<ReducedHessian>& hessians) {
     const bool whole_block = stages.last - stages.first > 1;
-    for (const auto& batch : batches_.shard(shard)) {
-        BatchState state = batches_.state(batch);
+    for (std::size_t batch = batches_.first_of(shard); batch < batches_.first_of(shard + 1); ++batch) {
+        BatchState state = pass.next();
         if (whole_block) {
             const TensorView trial = trial_hidden_.view().leading(state.hidden.shape());
             backend_.copy(state.hidden, trial);
             state.hidden = trial;
         }
         for (std::size_t stage = stages.first; stage < stages.last; ++stage) {
-            Stopwatch watch;
             const TensorView input = forward_.stage_input(graph_.stages[stage], weights, state);
-            seconds_.forward += watch.restart();
+            clock_.lap(&StageSeconds::forward);
             hessians[stage - stages.first].accumulator.add(input);
-            seconds_.hessian += watch.restart();
-            if (whole_block && stage + 1 < stages.last) forward_.run_stage(stage, input, weights, state);
-            seconds_.forward += watch.seconds();
+            clock_.lap(&StageSeconds::hessian);
+            if (!whole_block || stage + 1 == stages.last) continue;
+            forward_.run_stage(stage, input, weights, state);
+            clock_.lap(&StageSeconds::forward);
         }
     }
 }
 
 bool Worker::close_shard(std::vector<ReducedHessian>& hessians) {
-    const Stopwatch watch;
     bool fits = true;
     for (ReducedHessian& hessian : hessians) {
         fits = fits && hessian.accumulator.close_shard(hessian.exponents);
     }
-    seconds_.hessian += watch.seconds();
+    clock_.lap(&StageSeconds::hessian);
     return fits;
 }
 
@@ -196,9 +197,9 @@ QuantizedGroup Worker::quantize_group(int block, std::size_t stage, ReducedHessi
     GptqOptions options = options_.gptq;
     options.grid = grid_for(options.grid.bits, options.grid.group_size, options.grid.sym, group.columns());
 
-    Stopwatch watch;
+    clock_.start();
     FactorOutcome outcome = factor(block, stage, hessian, options);
-    seconds_.factor += watch.restart();
+    clock_.lap(&StageSeconds::factor);
 
     QuantizedLinear quantized(backend_, group.rows(), group.columns(), options.grid);
     quantized.g_idx = group_index(outcome, options.grid, group.columns());
@@ -211,10 +212,10 @@ QuantizedGroup Worker::quantize_group(int block, std::size_t stage, ReducedHessi
     const std::vector<double> loss = gather_rows(control_, mine.loss);
     const std::vector<double> squared_error = gather_rows(control_, mine.squared_error);
     use_quantized(stage, quantized, weights);
-    seconds_.solve += watch.seconds();
+    clock_.lap(&StageSeconds::solve);
 
     QuantizedGroup result{std::move(quantized), std::move(outcome), sum_by_linear(group, loss),
-                          sum_by_linear(group, squared_error), std::exchange(seconds_, {})};
+                          sum_by_linear(group, squared_error), clock_.take()};
     take_slowest(result.seconds);
     return result;
 }
@@ -273,15 +274,15 @@ void Worker::use_quantized(std::size_t stage, const QuantizedLinear& quantized, 
 }
 
 void Worker::advance(StageSpan stages, const BlockWeights& weights) {
-    const Stopwatch watch;
-    batches_.for_each([&](const CalibrationBatches::Batch& batch) {
-        const BatchState state = batches_.state(batch);
+    clock_.start();
+    const StateUse use = use_of_stages(graph_, stages.first, stages.last);
+    batches_.for_each(use, [&](const CalibrationBatches::Batch&, const BatchState& state) {
         for (std::size_t stage = stages.first; stage < stages.last; ++stage) {
             const TensorView input = forward_.stage_input(graph_.stages[stage], weights, state);
             forward_.run_stage(stage, input, weights, state);
         }
     });
-    seconds_.forward += watch.seconds();
+    clock_.lap(&StageSeconds::forward);
 }
 
 void Worker::take_slowest(StageSeconds& seconds) {

@@ -11,13 +11,9 @@
 #include "pipeline/gptq_solver.h"
 #include "pipeline/hessian.h"
 #include "workers/calibration_batches.h"
+#include "workers/stage_clock.h"
 
 namespace quantmill {
-
-// Seconds this rank spent on a stage.
-struct StageSeconds {
-    double forward = 0.0, hessian = 0.0, factor = 0.0, solve = 0.0;
-};
 
 // A LinearGroup after its solve; every rank holds all rows.
 struct QuantizedGroup {
@@ -35,6 +31,7 @@ public:
     struct Options {
         GptqOptions gptq;  // grid.group_size as in the job: -1 is one group a row
         bool true_sequential = true;
+        std::int64_t device_tokens = CalibrationBatches::kAllTokens;  // whose activations stay on the device
     };
     // `shards`: all of the job.
     Worker(Backend& backend, Control& control, Communicator& communicator, const ModelGraph& graph,
@@ -61,7 +58,7 @@ private:
     bool try_hessians(int block, StageSpan stages, const BlockWeights& weights, int headroom,
                       std::vector<ReducedHessian>& hessians);
     void accumulate_shard(std::size_t shard, StageSpan stages, const BlockWeights& weights,
-                          std::vector<ReducedHessian>& hessians);
+                          CalibrationBatches::Pass& pass, std::vector<ReducedHessian>& hessians);
     bool close_shard(std::vector<ReducedHessian>& hessians);
     void agree_on_exponents(int block, StageSpan stages, int headroom, std::vector<ReducedHessian>& hessians);
 
@@ -87,7 +84,7 @@ private:
     CalibrationBatches batches_;
     BlockForward forward_;
     Tensor trial_hidden_;  // [largest micro-batch, hidden_size]: a block run ahead without moving `hidden`
-    StageSeconds seconds_;
+    StageClock clock_;
 };
 
 }  // namespace quantmill

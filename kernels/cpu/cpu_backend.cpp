@@ -10,6 +10,7 @@
 #include <string>
 
 #include "kernels/cpu/free_memory.h"
+#include "kernels/cpu/host_copy_lane.h"
 #include "kernels/error.h"
 #include "kernels/shape_check.h"
 
@@ -45,6 +46,8 @@ std::string CpuBackend::description() const {
 
 std::size_t CpuBackend::free_memory() const { return free_host_memory(); }
 
+std::size_t CpuBackend::peak_memory() const { return peak_host_memory(); }
+
 int CpuBackend::threads() const { return omp_get_max_threads(); }
 
 void* CpuBackend::allocate(std::size_t bytes, const std::string& what) {
@@ -75,6 +78,10 @@ void CpuBackend::copy(ConstTensorView source, TensorView destination) {
         "copy", {source, destination});
     copy_to_host(source, destination.bytes());
 }
+
+std::unique_ptr<CopyLane> CpuBackend::make_copy_lane() { return std::make_unique<HostCopyLane>(); }
+
+EventPtr CpuBackend::record() { return std::make_shared<HostEvent>(); }
 
 void CpuBackend::zero(TensorView tensor) {
     if (tensor.size_bytes() > 0) std::memset(tensor.bytes(), 0, tensor.size_bytes());

@@ -2,6 +2,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <memory>
 #include <span>
 #include <string>
 #include <vector>
@@ -23,7 +24,9 @@ public:
     std::string description() const override;
     DType activation_dtype() const override { return DType::f32; }
     std::size_t free_memory() const override;
+    std::size_t peak_memory() const override;
     bool host_memory() const override { return true; }
+    std::int64_t micro_batch_tokens() const override { return 2048; }
     int threads() const override;
 
     void* allocate(std::size_t bytes, const std::string& what) override;
@@ -34,6 +37,12 @@ public:
     void zero(TensorView tensor) override;
     void convert(ConstTensorView source, TensorView destination) override;
     void synchronize() override {}
+
+    void* allocate_host(std::size_t bytes, const std::string& what) override { return allocate(bytes, what); }
+    void deallocate_host(void* memory, std::size_t) noexcept override { deallocate(memory); }
+    std::unique_ptr<CopyLane> make_copy_lane() override;
+    EventPtr record() override;
+    void after(const Event&) override {}
 
     void embed(std::span<const std::int32_t> ids, ConstTensorView table, TensorView out) override;
     void rms_norm(ConstTensorView x, ConstTensorView weight, float eps, TensorView out) override;
@@ -54,6 +63,9 @@ public:
     void permute_symmetric(ConstTensorView source, std::span<const std::int32_t> order,
                            TensorView h) override;
 
+    std::size_t factor_workspace(std::int64_t) const override { return 0; }  // tiles, in place
+    std::size_t solve_workspace(std::int64_t rows, std::int64_t columns,
+                                const QuantizationGrid& grid) const override;
     [[nodiscard]] bool reverse_cholesky(TensorView h) override;
     void permute_columns(ConstTensorView x, std::span<const std::int32_t> order, TensorView out) override;
     void zero_columns(std::span<const std::int32_t> columns, TensorView x) override;

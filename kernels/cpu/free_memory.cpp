@@ -1,5 +1,7 @@
 #include "kernels/cpu/free_memory.h"
 
+#include <sys/resource.h>
+
 #include <algorithm>
 #include <cstdint>
 #include <fstream>
@@ -86,6 +88,12 @@ std::size_t free_host_memory(const fs::path& root) {
         }
     }
     return least;
+}
+
+std::size_t peak_host_memory() {
+    rusage usage{};
+    getrusage(RUSAGE_SELF, &usage);
+    return static_cast<std::size_t>(usage.ru_maxrss) * 1024;
 }
 
 }  // namespace quantmill

@@ -9,4 +9,7 @@ namespace quantmill {
 // (v1 or v2) of this process allows less. Reads proc/ and sys/fs/cgroup/ under root.
 std::size_t free_host_memory(const std::filesystem::path& root = "/");
 
+// Bytes of memory that this process held at most so far.
+std::size_t peak_host_memory();
+
 }  // namespace quantmill

@@ -215,6 +215,10 @@ bool operands_fit(const ConstTensorView& weights, const ConstTensorView& factor,
 
 }  // namespace
 
+std::size_t CpuBackend::solve_workspace(std::int64_t, std::int64_t columns, const QuantizationGrid&) const {
+    return static_cast<std::size_t>(threads() * columns * kRows) * sizeof(float);  // each thread's errors
+}
+
 void CpuBackend::gptq_solve(ConstTensorView weights, ConstTensorView factor, const QuantizationGrid& grid,
                             QuantizedViews out, TensorView loss) {
     require_operands(operands_fit(weights, factor, grid, out, loss), "gptq_solve",

@@ -104,6 +104,10 @@ private:
 
 }  // namespace
 
+std::size_t CudaBackend::factor_workspace(std::int64_t columns) const {
+    return 2 * static_cast<std::size_t>(columns * ReverseCholesky::kPanelParts) * size_of(DType::bf16);
+}
+
 bool CudaBackend::reverse_cholesky(TensorView h) {
     const bool square = h.shape().rank() == 2 && h.extent(0) == h.extent(1);
     require_operands(square && h.dtype() == DType::f32, "reverse_cholesky", {h});

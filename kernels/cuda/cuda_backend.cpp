@@ -6,6 +6,7 @@
 #include <utility>
 
 #include "kernels/cuda/check.h"
+#include "kernels/cuda/copy_lane.h"
 #include "kernels/cuda/launch.h"
 #include "kernels/error.h"
 #include "kernels/shape_check.h"
@@ -15,16 +16,24 @@ namespace {
 
 using cuda::check;
 
-cudaMemPool_t pool_of(int device) {
+// Freed memory stays in the pool, since the next block asks for the same sizes; a limit of 0 is none.
+cudaMemPool_t make_pool(int device, std::size_t limit) {
+    cudaMemPoolProps properties{};
+    properties.allocType = cudaMemAllocationTypePinned;
+    properties.location = {cudaMemLocationTypeDevice, device};
+    properties.maxSize = limit;
     cudaMemPool_t pool = nullptr;
-    check(cudaDeviceGetDefaultMemPool(&pool, device), "cudaDeviceGetDefaultMemPool", {{"device", device}});
+    check(cudaMemPoolCreate(&pool, &properties), "cudaMemPoolCreate", {{"device", device}});
+    std::uint64_t threshold = UINT64_MAX;
+    check(cudaMemPoolSetAttribute(pool, cudaMemPoolAttrReleaseThreshold, &threshold),
+          "cudaMemPoolSetAttribute", {{"device", device}});
     return pool;
 }
 
-std::uint64_t pool_bytes(int device, cudaMemPoolAttr attribute) {
+std::size_t pool_bytes(cudaMemPool_t pool, cudaMemPoolAttr attribute) {
     std::uint64_t bytes = 0;
-    check(cudaMemPoolGetAttribute(pool_of(device), attribute, &bytes), "cudaMemPoolGetAttribute",
-          {{"device", device}, {"attribute", attribute}});
+    check(cudaMemPoolGetAttribute(pool, attribute, &bytes), "cudaMemPoolGetAttribute",
+          {{"attribute", attribute}});
     return bytes;
 }
 
@@ -42,7 +51,8 @@ int CudaBackend::visible_devices() {
     return count;
 }
 
-CudaBackend::CudaBackend(int local_rank) {
+CudaBackend::CudaBackend(int local_rank, std::optional<std::size_t> memory_limit)
+    : memory_limit_(memory_limit) {
     const int devices = visible_devices();
     if (devices == 0) {
         throw BadInput(
@@ -52,16 +62,14 @@ CudaBackend::CudaBackend(int local_rank) {
     device_ = local_rank % devices;
     check(cudaSetDevice(device_), "cudaSetDevice", {{"device", device_}});
     check(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "cudaStreamCreateWithFlags");
-    // Freed memory stays in the pool: the next block asks for the same sizes.
-    std::uint64_t threshold = UINT64_MAX;
-    check(cudaMemPoolSetAttribute(pool_of(device_), cudaMemPoolAttrReleaseThreshold, &threshold),
-          "cudaMemPoolSetAttribute", {{"device", device_}});
+    pool_ = make_pool(device_, memory_limit.value_or(0));
     gemm_ = std::make_unique<cuda::Gemm>();
 }
 
 CudaBackend::~CudaBackend() {
     cudaStreamSynchronize(stream_);
     gemm_.reset();
+    cudaMemPoolDestroy(pool_);
     cudaStreamDestroy(stream_);
 }
 
@@ -80,22 +88,32 @@ std::string CudaBackend::description() const {
         driver / 1000, driver % 1000 / 10, cublasLtGetVersion());
 }
 
+std::string CudaBackend::unique_device() const {
+    cudaDeviceProp properties{};
+    check(cudaGetDeviceProperties(&properties, device_), "cudaGetDeviceProperties", {{"device", device_}});
+    return {properties.uuid.bytes, sizeof(properties.uuid.bytes)};
+}
+
 std::size_t CudaBackend::free_memory() const {
     std::size_t free = 0;
     std::size_t total = 0;
     check(cudaMemGetInfo(&free, &total), "cudaMemGetInfo");
-    return free + pool_bytes(device_, cudaMemPoolAttrReservedMemCurrent) -
-           pool_bytes(device_, cudaMemPoolAttrUsedMemCurrent);
+    const std::size_t used = pool_bytes(pool_, cudaMemPoolAttrUsedMemCurrent);
+    free += pool_bytes(pool_, cudaMemPoolAttrReservedMemCurrent) - used;
+    return memory_limit_ ? std::min(free, *memory_limit_ - std::min(used, *memory_limit_)) : free;
 }
+
+std::size_t CudaBackend::peak_memory() const { return pool_bytes(pool_, cudaMemPoolAttrReservedMemHigh); }
 
 void* CudaBackend::allocate(std::size_t bytes, const std::string& what) {
     void* memory = nullptr;
-    const cudaError_t status = cudaMallocAsync(&memory, std::max<std::size_t>(bytes, 1), stream_);
+    const cudaError_t status =
+        cudaMallocFromPoolAsync(&memory, std::max<std::size_t>(bytes, 1), pool_, stream_);
     if (status == cudaErrorMemoryAllocation) {
         static_cast<void>(cudaGetLastError());
         out_of_memory(bytes, what);
     }
-    check(status, "cudaMallocAsync", {{"bytes", as_argument(bytes)}});
+    check(status, "cudaMallocFromPoolAsync", {{"bytes", as_argument(bytes)}});
     allocations_.emplace(memory, Allocation{bytes, what});
     return memory;
 }
@@ -160,6 +178,22 @@ void CudaBackend::zero(TensorView tensor) {
     check(cudaMemsetAsync(tensor.bytes(), 0, tensor.size_bytes(), stream_), "cudaMemsetAsync",
           {{"bytes", as_argument(tensor.size_bytes())}});
 }
+
+void* CudaBackend::allocate_host(std::size_t bytes, const std::string& what) {
+    return pinned_.allocate(bytes, what);
+}
+
+void CudaBackend::deallocate_host(void* memory, std::size_t bytes) noexcept {
+    pinned_.deallocate(memory, bytes);
+}
+
+std::unique_ptr<CopyLane> CudaBackend::make_copy_lane() {
+    return std::make_unique<cuda::CudaCopyLane>(device_);
+}
+
+EventPtr CudaBackend::record() { return std::make_shared<cuda::CudaEvent>(stream_); }
+
+void CudaBackend::after(const Event& event) { cuda::wait_for(event, stream_); }
 
 void CudaBackend::synchronize() { check(cudaStreamSynchronize(stream_), "cudaStreamSynchronize"); }
 

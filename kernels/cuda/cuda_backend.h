@@ -5,6 +5,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <span>
 #include <string>
 #include <unordered_map>
@@ -12,28 +13,33 @@
 
 #include "kernels/backend.h"
 #include "kernels/cuda/gemm.h"
+#include "kernels/cuda/pinned_memory.h"
 
 namespace quantmill {
 
-// One GPU: bf16 activations, fp32 accumulation. All work goes to one stream, memory comes from CUDA's
-// stream-ordered pool, and only what returns values to the host waits for the device.
+// One GPU: bf16 activations, fp32 accumulation. All operations go to one stream (copy lanes have their own),
+// memory comes from a stream-ordered pool, and only what returns values to the host waits for the device.
 // One file an operation family: forward, hessian, cholesky, gptq_solve (.cpp: which kernels and
 // products; .cu: the kernels).
 class CudaBackend final : public Backend {
 public:
     static int visible_devices();
     // Takes device local_rank modulo the number of visible devices.
-    explicit CudaBackend(int local_rank);
+    // `memory_limit`: bytes of device memory that may be taken; nothing: what is free.
+    explicit CudaBackend(int local_rank, std::optional<std::size_t> memory_limit = {});
     ~CudaBackend() override;
 
     cudaStream_t stream() const { return stream_; }
     int device() const { return device_; }
+    std::string unique_device() const;  // the same for all processes that use this GPU, and for no other GPU
 
     std::string name() const override { return "cuda"; }
     std::string description() const override;
     DType activation_dtype() const override { return DType::bf16; }
     std::size_t free_memory() const override;
+    std::size_t peak_memory() const override;
     bool host_memory() const override { return false; }
+    std::int64_t micro_batch_tokens() const override { return 16384; }
 
     void* allocate(std::size_t bytes, const std::string& what) override;
     void deallocate(void* memory) noexcept override;
@@ -43,6 +49,12 @@ public:
     void zero(TensorView tensor) override;
     void convert(ConstTensorView source, TensorView destination) override;
     void synchronize() override;
+
+    void* allocate_host(std::size_t bytes, const std::string& what) override;
+    void deallocate_host(void* memory, std::size_t bytes) noexcept override;
+    std::unique_ptr<CopyLane> make_copy_lane() override;
+    EventPtr record() override;
+    void after(const Event& event) override;
 
     void embed(std::span<const std::int32_t> ids, ConstTensorView table, TensorView out) override;
     void rms_norm(ConstTensorView x, ConstTensorView weight, float eps, TensorView out) override;
@@ -63,6 +75,9 @@ public:
     void permute_symmetric(ConstTensorView source, std::span<const std::int32_t> order,
                            TensorView h) override;
 
+    std::size_t factor_workspace(std::int64_t columns) const override;
+    std::size_t solve_workspace(std::int64_t rows, std::int64_t columns,
+                                const QuantizationGrid& grid) const override;
     [[nodiscard]] bool reverse_cholesky(TensorView h) override;
     void permute_columns(ConstTensorView x, std::span<const std::int32_t> order, TensorView out) override;
     void zero_columns(std::span<const std::int32_t> columns, TensorView x) override;
@@ -96,8 +111,11 @@ private:
     }
     [[noreturn]] void out_of_memory(std::size_t bytes, const std::string& what) const;
 
+    std::optional<std::size_t> memory_limit_;
     int device_ = 0;
     cudaStream_t stream_ = nullptr;
+    cudaMemPool_t pool_ = nullptr;
+    cuda::PinnedMemory pinned_;
     std::unordered_map<void*, Allocation> allocations_;
     std::unique_ptr<cuda::Gemm> gemm_;
 };

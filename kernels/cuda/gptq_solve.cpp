@@ -76,6 +76,17 @@ public:
         ranges_ = backend.empty({rows.rows, 2}, DType::f32, "ranges of a group");
         if (!cut_.wide_groups) return;
         continued_ = backend.empty({rows.rows, ld_pushes_}, DType::f32, "continued pushes of a group");
+        backend.zero(continued_);  // a kernel loads whole vectors, also beyond a block's last column
+    }
+
+    static std::size_t workspace(std::int64_t rows, std::int64_t columns, std::int64_t group_size) {
+        const Cut cut(group_size, columns);
+        cuda::SolveSlots slots = cut.slots;
+        const std::int64_t parts = (slots.of(columns - 1) + 1) * cuda::kSolveSlot;
+        const std::int64_t panel = padded(std::min(cut.panel, columns));
+        const std::int64_t pushes = cut.wide_groups ? 2 * panel : panel;
+        return static_cast<std::size_t>((rows + panel) * parts) * size_of(DType::bf16) +
+               static_cast<std::size_t>(rows * (pushes + 2)) * size_of(DType::f32);
     }
 
     void run(CudaBackend& backend) {
@@ -188,6 +199,11 @@ private:
 };
 
 }  // namespace
+
+std::size_t CudaBackend::solve_workspace(std::int64_t rows, std::int64_t columns,
+                                         const QuantizationGrid& grid) const {
+    return Solver::workspace(rows, columns, grid.group_size);
+}
 
 void CudaBackend::gptq_solve(ConstTensorView weights, ConstTensorView factor, const QuantizationGrid& grid,
                              QuantizedViews out, TensorView loss) {

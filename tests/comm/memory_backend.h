@@ -11,12 +11,12 @@ namespace quantmill {
 // lie far from any host memory, so that dereferencing one crashes.
 class MemoryBackend final : public Backend {
 public:
-    explicit MemoryBackend(bool host) : host_(host) {}
+    explicit MemoryBackend(bool host, std::size_t free = std::size_t{1} << 30U) : host_(host), free_(free) {}
 
     std::string name() const override { return "memory"; }
     std::string description() const override { return "memory"; }
     DType activation_dtype() const override { return DType::f32; }
-    std::size_t free_memory() const override { return std::size_t{1} << 30U; }
+    std::size_t free_memory() const override { return free_; }
     bool host_memory() const override { return host_; }
     void* allocate(std::size_t bytes, const std::string&) override {
         return moved(std::malloc(bytes == 0 ? 1 : bytes), offset());
@@ -32,6 +32,13 @@ public:
         std::memcpy(destination, memory, source.size_bytes());
     }
     void synchronize() override {}
+    std::size_t peak_memory() const override { return 0; }
+    std::int64_t micro_batch_tokens() const override { return 1; }
+    void* allocate_host(std::size_t bytes, const std::string&) override { return std::malloc(bytes); }
+    void deallocate_host(void* memory, std::size_t) noexcept override { std::free(memory); }
+    std::unique_ptr<CopyLane> make_copy_lane() override { unused(); }
+    EventPtr record() override { unused(); }
+    void after(const Event&) override { unused(); }
 
     void copy(ConstTensorView, TensorView) override { unused(); }
     void zero(TensorView) override { unused(); }
@@ -55,6 +62,10 @@ public:
         unused();
     }
     void permute_symmetric(ConstTensorView, std::span<const std::int32_t>, TensorView) override { unused(); }
+    std::size_t factor_workspace(std::int64_t) const override { return 0; }
+    std::size_t solve_workspace(std::int64_t, std::int64_t, const QuantizationGrid&) const override {
+        return 0;
+    }
     bool reverse_cholesky(TensorView) override { unused(); }
     void permute_columns(ConstTensorView, std::span<const std::int32_t>, TensorView) override { unused(); }
     void zero_columns(std::span<const std::int32_t>, TensorView) override { unused(); }
@@ -75,6 +86,7 @@ private:
     [[noreturn]] static void unused() { throw InternalError("moving tensors computes nothing"); }
 
     bool host_;
+    std::size_t free_;
 };
 
 }  // namespace quantmill

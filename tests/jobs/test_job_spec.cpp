@@ -82,8 +82,9 @@ quantization:
   damp_auto_increment: 0.0025
   true_sequential: false
 compute:
-  backend: cpu
+  backend: cuda
   communicator: mpi
+  device_memory: 24GB
 )";
 
 TEST(JobSpec, EveryKeyReachesItsMember) {
@@ -105,8 +106,9 @@ TEST(JobSpec, EveryKeyReachesItsMember) {
     EXPECT_EQ(spec.quantization.damp_percent, 0.01);
     EXPECT_EQ(spec.quantization.damp_auto_increment, 0.0025);
     EXPECT_FALSE(spec.quantization.true_sequential);
-    EXPECT_EQ(spec.compute.backend, "cpu");
+    EXPECT_EQ(spec.compute.backend, "cuda");
     EXPECT_EQ(spec.compute.communicator, "mpi");
+    EXPECT_EQ(spec.compute.device_memory, 24'000'000'000U);
     EXPECT_EQ(std::ranges::count(complete, ':'), static_cast<int>(job_keys().size()) + 5)
         << "a key is missing from this test (5 sections)";
 }
@@ -210,7 +212,7 @@ TEST(JobSpec, KeysOfLaterVersionsAreNotGuessedAt) {
     for (const std::string key :
          {"quantization.preset", "preset", "quantization.propagate", "quantization.overrides", "run",
           "run.max_hours", "slurm.partition", "outputs", "compute.layer_groups", "quantization.lm_head.bits",
-          "compute.device_memory"}) {
+          "compute.stall_timeout"}) {
         const auto message = override_error(key + "=1");
         EXPECT_NE(message.find("is not in this version"), std::string::npos) << message;
         EXPECT_EQ(message.find("did you mean"), std::string::npos) << message;

@@ -1,3 +1,4 @@
+#include <algorithm>
 #include <cstdint>
 #include <cstdlib>
 #include <filesystem>
@@ -52,6 +53,32 @@ TEST_P(Memory, TooMuchIsAnErrorThatNamesWhatItWasFor) {
 TEST_P(Memory, SomeIsFree) {
     EXPECT_GT(backend().free_memory(), std::size_t{1} << 20);
     EXPECT_LT(backend().free_memory(), std::size_t{1} << 50);
+}
+
+TEST_P(Memory, LanesCopyBesideTheOperations) {
+    const std::vector<float> values = {1, 2, 3, 4, 5, 6};
+    HostBuffer host = backend().host_buffer(values.size() * sizeof(float), "a test");
+    std::copy(values.begin(), values.end(), reinterpret_cast<float*>(host.data()));
+    Tensor tensor = backend().empty({6}, DType::f32, "a test");
+    const auto lane = backend().make_copy_lane();
+    lane->after(*backend().record());
+    lane->upload(host.data(), tensor);
+    backend().after(*lane->record());
+    EXPECT_EQ(download<float>(tensor), values);
+
+    backend().zero(tensor);
+    lane->after(*backend().record());
+    HostBuffer moved = std::move(host);
+    lane->download(tensor, moved.data());
+    const EventPtr done = lane->record();
+    done->wait();
+    EXPECT_EQ(reinterpret_cast<const float*>(moved.data())[5], 0.0F);
+    EXPECT_GE(backend().record()->seconds_since(*done), 0.0);
+}
+
+TEST_P(Memory, PeakIsSeen) {
+    const Tensor tensor = upload(std::vector<float>(1 << 20, 1.0F), {1 << 20});
+    EXPECT_GE(backend().peak_memory(), std::size_t{4} << 20);
 }
 
 TEST_P(Memory, DescribesItself) {

@@ -9,6 +9,8 @@
 namespace quantmill {
 namespace {
 
+constexpr std::int64_t kMicroBatchTokens = 2048;
+
 std::int64_t sequences_of(const BatchShard& shard) {
     std::int64_t count = 0;
     for (const MicroBatch& batch : shard.micro_batches) count += batch.sequences.count();
@@ -49,7 +51,7 @@ TEST(BatchPlan, CoversAllSequencesInOrder) {
         std::vector<std::int64_t> lengths(1 + random() % 70);
         for (std::int64_t& length : lengths)
             length = random() % 5 == 0 ? 1 + random() % 5000 : 1 + random() % 900;
-        const auto plan = plan_batch_shards(lengths);
+        const auto plan = plan_batch_shards(lengths, kMicroBatchTokens);
         check_plan(lengths, plan);
 
         const auto count = static_cast<std::int64_t>(plan.size());
@@ -65,17 +67,18 @@ TEST(BatchPlan, CoversAllSequencesInOrder) {
 
 TEST(BatchPlan, MicroBatchMayBeExactlyFull) {
     const std::vector<std::int64_t> lengths(32, kMicroBatchTokens / 2);
-    for (const BatchShard& shard : plan_batch_shards(lengths)) EXPECT_EQ(shard.micro_batches.size(), 1U);
+    for (const BatchShard& shard : plan_batch_shards(lengths, kMicroBatchTokens))
+        EXPECT_EQ(shard.micro_batches.size(), 1U);
 }
 
 TEST(BatchPlan, CountsOfShards) {
     for (const auto& [sequences, shards] :
          {std::pair{1, 1}, {2, 2}, {3, 2}, {5, 4}, {15, 8}, {16, 16}, {1000, 16}}) {
         const std::vector<std::int64_t> lengths(static_cast<std::size_t>(sequences), 10);
-        EXPECT_EQ(plan_batch_shards(lengths).size(), static_cast<std::size_t>(shards))
+        EXPECT_EQ(plan_batch_shards(lengths, kMicroBatchTokens).size(), static_cast<std::size_t>(shards))
             << sequences << " sequences";
     }
-    EXPECT_TRUE(plan_batch_shards({}).empty());
+    EXPECT_TRUE(plan_batch_shards({}, kMicroBatchTokens).empty());
 }
 
 }  // namespace

@@ -78,9 +78,12 @@ protected:
     std::map<std::string, std::vector<std::byte>> encode(const QuantizedLinear& linear, std::int64_t begin,
                                                          std::int64_t end, GptqFormat format) {
         std::map<std::string, std::vector<std::byte>> tensors;
-        for (EncodedTensor& tensor : encode_gptq(*backend_, "p", linear, begin, end, format)) {
-            tensors.emplace(tensor.name, std::move(tensor.bytes));
-        }
+        const auto lane = backend_->make_copy_lane();
+        const EncodedLinear encoded(*backend_, *lane, linear, begin, end);
+        encoded.write("p", format, [&](const std::string& name, const void* data, std::size_t bytes) {
+            const auto* first = static_cast<const std::byte*>(data);
+            tensors.emplace(name, std::vector<std::byte>(first, first + bytes));
+        });
         return tensors;
     }
 

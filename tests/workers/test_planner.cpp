@@ -4,6 +4,7 @@
 #include <numeric>
 
 #include "kernels/make_backend.h"
+#include "tests/comm/memory_backend.h"
 #include "tests/pipeline/tiny_checkpoint.h"
 #include "workers/planner.h"
 
@@ -36,7 +37,7 @@ protected:
                 std::move(reader),
                 std::move(graph),
                 std::move(store),
-                plan_batch_shards(lengths),
+                plan_batch_shards(lengths, backend_->micro_batch_tokens()),
                 std::move(layout)};
     }
     Plan plan(const PreparedJob& job) { return make_plan(job, *control_, *backend_, "mpi", false); }
@@ -163,6 +164,29 @@ TEST_F(Planner, MemoryGrowsWithTokensAndBlocks) {
     EXPECT_EQ(total_memory(small.ranks[0]),
               std::accumulate(small.ranks[0].memory.begin(), small.ranks[0].memory.end(), std::uint64_t{0},
                               [](std::uint64_t sum, const NamedBytes& part) { return sum + part.bytes; }));
+}
+
+TEST_F(Planner, ActivationsThatDoNotFitAreStreamed) {
+    const PreparedJob prepared = job({100, 100, 100, 100});
+    const auto rank_with = [&](std::size_t free) {
+        MemoryBackend device(false, free);
+        return make_plan(prepared, *control_, device, "mpi", false).ranks.at(0);
+    };
+    constexpr std::uint64_t kTokenBytes = (64 + 96) * 4;
+    const PlannedRank roomy = rank_with(std::size_t{1} << 30U);
+    EXPECT_EQ(roomy.device_tokens, 400);
+    const std::uint64_t least = total_memory(roomy);
+    EXPECT_EQ(rank_with(least).device_tokens, 400);
+    // Two slots of the largest batch, 100 tokens, and what is left for activations that stay.
+    const PlannedRank tight = rank_with(least - 1);
+    EXPECT_EQ(tight.device_tokens, 199);
+    EXPECT_LE(total_memory(tight), least - 1);
+    EXPECT_EQ(tight.host_memory - roomy.host_memory, 201 * kTokenBytes);
+    EXPECT_EQ(rank_with(least - 200 * kTokenBytes).device_tokens, 0);
+    MemoryBackend tiny(false, least - 200 * kTokenBytes - 1);
+    const Plan plan = make_plan(prepared, *control_, tiny, "mpi", false);
+    ASSERT_EQ(plan.problems.size(), 1U);
+    EXPECT_TRUE(contains(plan.problems[0], "compute.device_memory")) << plan.problems[0];
 }
 
 }  // namespace

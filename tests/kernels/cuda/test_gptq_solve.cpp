@@ -70,9 +70,10 @@ protected:
             ASSERT_LE(actual.codes[i], grid.max_code());
         }
         const double share = static_cast<double>(different) / static_cast<double>(expected.codes.size());
-        // fp32 itself, on both sides, moves a target by 2⁻²⁴ of 256 steps of 8 bits, and a code that
-        // flips takes its neighbours along.
-        EXPECT_LE(share, grid.bits == 8 ? 0.002 : 0.001);
+        // A scale next to a rounding boundary of fp16 may go the other way and take its group along; at 8 bits a
+        // group that is wider than a block feels it most (bench/RESULTS.md).
+        const bool sensitive = grid.bits == 8 && grid.group_size > 128;
+        EXPECT_LE(share, sensitive ? 0.002 : 0.001);
         double expected_loss = 0.0;
         double loss = 0.0;
         for (std::int64_t r = 0; r < p.rows; ++r) {

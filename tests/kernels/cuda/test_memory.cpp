@@ -1,3 +1,4 @@
+#include <algorithm>
 #include <string>
 
 #include "tests/kernels/cuda/fixture.h"
@@ -31,6 +32,83 @@ TEST_F(Memory, copies) {
     EXPECT_EQ(get<float>(b), values);
     EXPECT_GT(cuda().free_memory(), 0U);
     EXPECT_FALSE(cuda().description().empty());
+}
+
+TEST_F(Memory, a_limit_holds) {
+    constexpr std::size_t kLimit = std::size_t{256} << 20U;
+    CudaBackend limited(0, kLimit);
+    EXPECT_LE(limited.free_memory(), kLimit);
+    {
+        const Tensor most = limited.empty({200 << 20}, DType::u8, "most of it");
+        EXPECT_LE(limited.free_memory(), kLimit - (std::size_t{200} << 20U));
+        EXPECT_THROW(static_cast<void>(limited.empty({100 << 20}, DType::u8, "too much")),
+                     InfrastructureError);
+    }
+    const Tensor again = limited.empty({240 << 20}, DType::u8, "what was freed");
+    EXPECT_GE(limited.peak_memory(), std::size_t{240} << 20U);
+    EXPECT_LE(limited.peak_memory(), kLimit);
+}
+
+// Keeps the stream busy for some milliseconds.
+void keep_busy(CudaBackend& backend, const Tensor& square, Tensor& out) {
+    for (int i = 0; i < 20; ++i) backend.linear(square, square, {}, out);
+}
+
+TEST_F(Memory, lanes_wait_for_what_they_are_told_to) {
+    constexpr std::int64_t kOrder = 4096;
+    const Tensor square =
+        put(cuda(), std::vector<float>(kOrder * kOrder, 0.01F), {kOrder, kOrder}, DType::bf16);
+    Tensor out = cuda().empty({kOrder, kOrder}, DType::f32, "products");
+    const auto lane = cuda().make_copy_lane();
+    const std::vector<float> ones(1 << 20, 1.0F);
+    const HostBuffer host = cuda().host_buffer(ones.size() * sizeof(float), "a test");
+    Tensor x = poisoned(cuda(), {1 << 20}, DType::f32);
+    for (int round = 0; round < 5; ++round) {
+        const auto value = static_cast<float>(round + 1);
+        // The upload must follow the work before it, and be there for the work after it.
+        std::fill_n(reinterpret_cast<float*>(host.data()), ones.size(), value);
+        keep_busy(cuda(), square, out);
+        lane->after(*cuda().record());
+        lane->upload(host.data(), x);
+        cuda().after(*lane->record());
+        Tensor copy = cuda().empty(x.shape(), DType::f32, "a copy");
+        cuda().copy(x, copy);
+        ASSERT_EQ(get<float>(copy), std::vector<float>(ones.size(), value));
+        // The download must see what work before it made.
+        keep_busy(cuda(), square, out);
+        cuda().zero(x);
+        lane->after(*cuda().record());
+        lane->download(x, host.data());
+        lane->record()->wait();
+        const auto* got = reinterpret_cast<const float*>(host.data());
+        ASSERT_EQ(std::vector<float>(got, got + ones.size()), std::vector<float>(ones.size(), 0.0F));
+    }
+}
+
+TEST_F(Memory, events_measure_the_device) {
+    constexpr std::int64_t kOrder = 4096;
+    const Tensor square =
+        put(cuda(), std::vector<float>(kOrder * kOrder, 0.01F), {kOrder, kOrder}, DType::bf16);
+    Tensor out = cuda().empty({kOrder, kOrder}, DType::f32, "products");
+    keep_busy(cuda(), square, out);
+    const EventPtr begin = cuda().record();
+    keep_busy(cuda(), square, out);
+    const EventPtr end = cuda().record();
+    // 20 products of 2·4096³ operations: no GPU of today does them in half a millisecond.
+    EXPECT_GT(end->seconds_since(*begin), 5e-4);
+    EXPECT_LT(end->seconds_since(*begin), 10.0);
+}
+
+TEST_F(Memory, pinned_memory_is_used_again) {
+    const std::byte* first = nullptr;
+    {
+        const HostBuffer buffer = cuda().host_buffer(12345, "a test");
+        first = buffer.data();
+    }
+    const HostBuffer other = cuda().host_buffer(12346, "another size");
+    const HostBuffer same = cuda().host_buffer(12345, "the same size");
+    EXPECT_EQ(same.data(), first);
+    EXPECT_NE(other.data(), first);
 }
 
 }  // namespace

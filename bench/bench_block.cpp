@@ -1,0 +1,160 @@
+// Whole blocks of named shapes through the real pipeline: writes a synthetic checkpoint, runs `quantmill run`
+// on it, checks the result as `quantmill inspect` does, and prints seconds a block by stage beside the floor.
+//   bench_block --shape llama-3-70b --blocks 4 --directory /dev/shm/block --set compute.backend=cuda
+//   mpirun -n 2 bench_block …                 on several GPUs
+#include <fmt/format.h>
+
+#include <CLI/CLI.hpp>
+#include <algorithm>
+#include <nlohmann/json.hpp>
+
+#include "bench/synthetic_checkpoint.h"
+#include "kernels/make_backend.h"
+#include "pipeline/files.h"
+#include "pipeline/model_graph.h"
+#include "pipeline/stopwatch.h"
+#include "workers/inspect.h"
+#include "workers/run_job.h"
+
+namespace {
+
+using namespace quantmill;
+namespace fs = std::filesystem;
+
+struct Options {
+    bench::SyntheticModel model;
+    fs::path directory = "build/bench-block";
+    std::vector<std::string> set;
+    bool csv = false;
+};
+
+struct StageFloor {
+    std::string name;
+    double operations;  // a block
+};
+
+// docs/algorithm.md, "What it costs"; a stage cannot be faster than its operations at the rate of a large
+// product of the activation dtype.
+std::vector<StageFloor> floors(const ModelGraph& graph, double tokens) {
+    std::vector<StageFloor> stages{{"forward", 2.0 * tokens * static_cast<double>(graph.block_parameters())},
+                                   {"hessian", 0.0},
+                                   {"factor", 0.0},
+                                   {"solve", 0.0}};
+    for (const Stage& stage : graph.stages) {
+        const auto n = static_cast<double>(stage.group.columns());
+        stages[1].operations += tokens * n * n;
+        stages[2].operations += n * n * n / 3.0;
+        stages[3].operations += static_cast<double>(stage.group.rows()) * n * n;
+    }
+    return stages;
+}
+
+double measured_rate(Backend& backend, const ModelGraph& graph) {
+    const Linear& linear = graph.stages.back().group.linears.front();
+    const std::int64_t tokens = backend.micro_batch_tokens();
+    Tensor x = backend.empty({tokens, linear.columns}, backend.activation_dtype(), "rate measurement");
+    Tensor w = backend.empty({linear.rows, linear.columns}, backend.activation_dtype(), "rate measurement");
+    Tensor out = backend.empty({tokens, linear.rows}, backend.activation_dtype(), "rate measurement");
+    backend.zero(x);
+    backend.zero(w);
+    std::vector<double> seconds;
+    for (int i = 0; i < 8; ++i) {
+        backend.synchronize();
+        const Stopwatch watch;
+        backend.linear(x, w, {}, out);
+        backend.synchronize();
+        seconds.push_back(watch.seconds());
+    }
+    std::sort(seconds.begin(), seconds.end());
+    return 2.0 * static_cast<double>(tokens * linear.rows * linear.columns) / seconds[seconds.size() / 2];
+}
+
+// Seconds of a stage in the blocks between the first, which has nothing to overlap with, and the last.
+double steady_seconds(const nlohmann::json& report, const std::string& stage, int blocks) {
+    double sum = 0.0;
+    std::string previous;
+    for (const auto& linear : report.at("linears")) {
+        const int block = linear.at("block").get<int>();
+        const std::string group = fmt::format("{} {}", block, linear.at("group").get<std::string>());
+        if (group == std::exchange(previous, group) || block == 0 || block == blocks - 1) continue;
+        sum += linear.at(stage + "_seconds").get<double>();
+    }
+    return sum / (blocks - 2);
+}
+
+void print(const Options& options, const nlohmann::json& report, const ModelGraph& graph, double rate) {
+    const int blocks = options.model.blocks;
+    const auto seconds = report.at("block_seconds").get<std::vector<double>>();
+    double steady = 0.0;
+    for (int block = 1; block + 1 < blocks; ++block) steady += seconds[static_cast<std::size_t>(block)];
+    steady /= blocks - 2;
+    const double ranks = report.at("world_size").get<double>();
+    if (options.csv) fmt::print("stage,seconds,floor\n");
+    const char* row = options.csv ? "{},{:.4f},{:.4f}\n" : "{:<10}{:>10.4f} s {:>10.4f} s\n";
+    if (!options.csv) {
+        fmt::print(
+            "\n{}: {} x {} tokens, {} rank(s), {}\na rank's rate {:.0f} TFLOP/s, peak memory {:.2f} GB\n",
+            options.model.shape, options.model.sequences, options.model.length, ranks,
+            report.at("devices").at(0).get<std::string>(), rate * 1e-12,
+            report.at("peak_memory").get<double>() * 1e-9);
+        fmt::print("{:<10}{:>12} {:>12}\n", "stage", "a block", "floor");
+    }
+    double floor = 0.0;
+    for (const StageFloor& stage : floors(graph, report.at("tokens").get<double>())) {
+        const double least = stage.operations / rate / ranks;
+        floor += least;
+        fmt::print(fmt::runtime(row), stage.name, steady_seconds(report, stage.name, blocks), least);
+    }
+    fmt::print(fmt::runtime(row), "block", steady, floor);
+    if (!options.csv) {
+        fmt::print("blocks: {:.3f} s, the whole run {:.2f} s\n", fmt::join(seconds, " "),
+                   report.at("seconds").get<double>());
+    }
+}
+
+void run(const Options& options, Control& control) {
+    if (control.rank() == 0) bench::write_synthetic_model(options.model, options.directory);
+    control.barrier();
+    const nlohmann::json job = {{"model", fs::absolute(options.directory / "model").string()},
+                                {"output", {{"directory", fs::absolute(options.directory / "out").string()}}},
+                                {"calibration",
+                                 {{"tokens", fs::absolute(options.directory / "calibration.h5").string()},
+                                  {"sequence_length", options.model.length}}}};
+    if (control.rank() == 0) write_text(options.directory / "job.yaml", job.dump(2));  // JSON is YAML
+    control.barrier();
+    run_job({options.directory / "job.yaml", options.set, true}, control);
+    if (control.rank() != 0) return;
+    inspect_checkpoint(options.directory / "out");
+    const auto report = nlohmann::json::parse(read_text(options.directory / "out/report.json"));
+    const auto config = nlohmann::json::parse(read_text(options.directory / "model/config.json"));
+    const auto backend = make_backend(report.at("backend").get<std::string>(), control.local_rank());
+    const ModelGraph graph = build_model_graph(config, "config.json");
+    print(options, report, graph, measured_rate(*backend, graph));
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+    Options options;
+    CLI::App app("Seconds a block of named shapes, through the real pipeline");
+    app.add_option("--shape", options.model.shape, "tiny, llama-3-8b, llama-3-70b or qwen2.5-72b")
+        ->capture_default_str();
+    app.add_option("--blocks", options.model.blocks, "at least 3: the first and the last are not counted")
+        ->capture_default_str()
+        ->check(CLI::Range(3, 1000));
+    app.add_option("--sequences", options.model.sequences)->capture_default_str();
+    app.add_option("--length", options.model.length, "tokens of a sequence")->capture_default_str();
+    app.add_option("--directory", options.directory, "where model and result go; a model there is used again")
+        ->capture_default_str();
+    app.add_option("--set", options.set, "KEY=VALUE of the job, e.g. compute.backend=cuda");
+    app.add_flag("--csv", options.csv, "comma-separated values");
+    CLI11_PARSE(app, argc, argv);
+    try {
+        const auto control = make_control(under_launcher());
+        run(options, *control);
+        return 0;
+    } catch (const Error& error) {
+        fmt::print(stderr, "{}\n", error.what());
+        return static_cast<int>(error.code());
+    }
+}
