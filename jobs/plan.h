@@ -59,7 +59,8 @@ struct PlannedRank {
     std::vector<std::int64_t> rows;          // it solves, one number a PlannedGroup
     std::vector<std::int64_t> output_files;  // indices into Plan::files
     std::vector<NamedBytes> memory;
-    std::uint64_t free_memory = 0;  // of its device; for the CPU backend its share of the host's
+    std::uint64_t free_memory =
+        0;  // of its device, less the gaps of a pool; on the CPU its share of the host's
     std::int64_t tokens = 0;
     std::int64_t device_tokens = 0;  // whose activations stay on the device; those of the others are streamed
     // What a rank with a device takes of its host: streamed activations, read-ahead, output on its way.

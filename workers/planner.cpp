@@ -149,13 +149,14 @@ void place_activations(const PreparedJob& job, const Backend& backend, int world
     rank.memory.insert(rank.memory.begin(), {"calibration activations", bytes_of(rank.device_tokens)});
 }
 
+std::size_t usable_free_memory(const Control& control, const Backend& backend) {
+    if (!backend.host_memory()) return usable_device_memory(backend.free_memory());
+    return backend.free_memory() / static_cast<std::size_t>(control.local_size());
+}
+
 std::vector<PlannedRank> describe_ranks(const PreparedJob& job, Control& control, const Backend& backend) {
-    const auto share = [&](std::size_t bytes) {
-        return bytes / static_cast<std::size_t>(control.local_size());
-    };
-    const nlohmann::json mine{control.host(),
-                              backend.host_memory() ? share(backend.free_memory()) : backend.free_memory(),
-                              share(free_host_memory())};
+    const nlohmann::json mine{control.host(), usable_free_memory(control, backend),
+                              free_host_memory() / static_cast<std::size_t>(control.local_size())};
     const std::vector<std::string> facts = control.all_gather(mine.dump());
     std::vector<PlannedRank> ranks;
     for (int rank = 0; rank < control.size(); ++rank) {
@@ -354,6 +355,11 @@ void find_shortages(Plan& plan, bool on_device) {
 }
 
 }  // namespace
+
+std::size_t usable_device_memory(std::size_t free) {
+    const std::size_t gaps = (std::size_t{64} << 20U) + free / 32;
+    return free - std::min(free, gaps);
+}
 
 Plan make_plan(const PreparedJob& job, Control& control, Backend& backend, const std::string& communicator,
                bool measure) {

@@ -12,7 +12,7 @@ from program import Run, random_sequences, write_job, write_store
 from test_same_bytes import digests
 
 MODEL = {"hidden_size": 256, "intermediate_size": 768, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64, "num_hidden_layers": 3}
-TIGHT = "100MB"  # less than the activations of 60 x 700 tokens and what a block takes
+TIGHT = "160MB"  # less than the activations of 150 x 700 tokens and what a block takes
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -50,7 +50,7 @@ def test_same_bytes(quantmill: Run, tmp_path: Path) -> None:
     for family in FAMILIES:
         directory = tmp_path / family
         # More tokens than one micro-batch, so that activations can be streamed.
-        sequences = random_sequences(60, 700, seed=choose.randrange(1000), vocabulary=256)
+        sequences = random_sequences(150, 700, seed=choose.randrange(1000), vocabulary=256)
         options = {"bits": choose.choice([2, 3, 4, 8]), "desc_act": choose.choice([True, False]), "true_sequential": choose.choice([True, False])}
         job, _ = make_job(directory, family, choose.randrange(1000), sequences, **options)
         expected = run(quantmill, job, directory / "out", 1)
@@ -61,12 +61,12 @@ def test_same_bytes(quantmill: Run, tmp_path: Path) -> None:
 
 
 def test_a_budget_holds_and_the_plan_knows(quantmill: Run, tmp_path: Path) -> None:
-    job, _ = make_job(tmp_path, "Llama", 3, random_sequences(60, 900, vocabulary=256))
+    job, _ = make_job(tmp_path, "Llama", 3, random_sequences(150, 700, vocabulary=256))
     run(quantmill, job, tmp_path / "roomy", 1)
     run(quantmill, job, tmp_path / "tight", 1, device_memory=TIGHT)
     assert "are streamed" in quantmill("plan", job, "--no-measure", "--set", f"compute.device_memory={TIGHT}").stdout
     peaks = [json.loads((tmp_path / name / "report.json").read_text())["peak_memory"] for name in ("roomy", "tight")]
-    assert peaks[1] <= 100e6 < peaks[0]
+    assert peaks[1] <= 160e6 < peaks[0]
 
 
 @pytest.mark.parametrize("family", FAMILIES)

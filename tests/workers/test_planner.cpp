@@ -168,8 +168,14 @@ TEST_F(Planner, MemoryGrowsWithTokensAndBlocks) {
 
 TEST_F(Planner, ActivationsThatDoNotFitAreStreamed) {
     const PreparedJob prepared = job({100, 100, 100, 100});
-    const auto rank_with = [&](std::size_t free) {
-        MemoryBackend device(false, free);
+    // The free memory of a device on which tensors can fill that many bytes.
+    const auto free_for = [](std::size_t usable) {
+        std::size_t free = usable;
+        while (usable_device_memory(free) < usable) free += usable - usable_device_memory(free);
+        return free;
+    };
+    const auto rank_with = [&](std::size_t usable) {
+        MemoryBackend device(false, free_for(usable));
         return make_plan(prepared, *control_, device, "mpi", false).ranks.at(0);
     };
     constexpr std::uint64_t kTokenBytes = (64 + 96) * 4;
@@ -183,7 +189,7 @@ TEST_F(Planner, ActivationsThatDoNotFitAreStreamed) {
     EXPECT_LE(total_memory(tight), least - 1);
     EXPECT_EQ(tight.host_memory - roomy.host_memory, 201 * kTokenBytes);
     EXPECT_EQ(rank_with(least - 200 * kTokenBytes).device_tokens, 0);
-    MemoryBackend tiny(false, least - 200 * kTokenBytes - 1);
+    MemoryBackend tiny(false, free_for(least - 200 * kTokenBytes - 1));
     const Plan plan = make_plan(prepared, *control_, tiny, "mpi", false);
     ASSERT_EQ(plan.problems.size(), 1U);
     EXPECT_TRUE(contains(plan.problems[0], "compute.device_memory")) << plan.problems[0];

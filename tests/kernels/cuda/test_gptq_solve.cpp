@@ -70,8 +70,8 @@ protected:
             ASSERT_LE(actual.codes[i], grid.max_code());
         }
         const double share = static_cast<double>(different) / static_cast<double>(expected.codes.size());
-        // A scale next to a rounding boundary of fp16 may go the other way and take its group along; at 8 bits a
-        // group that is wider than a block feels it most (bench/RESULTS.md).
+        // A scale next to a rounding boundary of fp16 may go the other way and take its group along; at 8
+        // bits a group that is wider than a block feels it most (bench/RESULTS.md).
         const bool sensitive = grid.bits == 8 && grid.group_size > 128;
         EXPECT_LE(share, sensitive ? 0.002 : 0.001);
         double expected_loss = 0.0;
