@@ -31,12 +31,12 @@ if $quick; then
   tools/install_dependencies.sh
 else
   tools/install_dependencies.sh --tests
-  say "Python environments"
-  tools/python_env.sh
-  tools/python_env.sh --interop
-  export QUANTMILL_REQUIRE_PYTHON=1  # a Python test that is skipped has failed
   say "Demo model and texts"
   tools/demo_data.sh
+  # 6 GB of torch and its peers: the network brings them while the processors compile.
+  tools/python_env.sh --interop >build/python-interop.log 2>&1 &
+  peers=$!
+  export QUANTMILL_REQUIRE_PYTHON=1  # a Python test that is skipped has failed
 fi
 
 say "CPU build"
@@ -77,5 +77,6 @@ say "Tests"
 if $quick; then
   test_in cpu --label-regex quick
 else
+  wait $peers || { cat build/python-interop.log >&2; exit 1; }
   test_in cpu
 fi
