@@ -120,22 +120,25 @@ void WeightLoader::await_prefetch() {
     prefetched_block_ = -1;
 }
 
+// Piece by piece: an embedding is too large to be held twice.
+void WeightLoader::read_into(const std::string& name, TensorView tensor) const {
+    const TensorView bytes(tensor.bytes(), DType::u8, {static_cast<std::int64_t>(tensor.size_bytes())},
+                           &backend_);
+    read_finite(reader_, name, [&](std::uint64_t offset, const std::byte* data, std::size_t count) {
+        const auto begin = static_cast<std::int64_t>(offset);
+        backend_.copy_from_host(data, bytes.rows(begin, begin + static_cast<std::int64_t>(count)));
+    });
+}
+
 Tensor WeightLoader::load(const std::string& name, const Shape& shape) {
     reader_.find(name, extents(shape));
     const int owner = owner_of(name);
     Tensor tensor;
     if (auto found = at_hand_.extract(name); !found.empty()) {
         tensor = std::move(found.mapped());
-    } else if (control_.rank() == owner) {
-        std::vector<Coming> one;
-        one.push_back(expect(name));
-        lane_->after(*backend_.record());
-        const EventPtr arrived = bring(one);
-        backend_.after(*arrived);
-        arrived->wait();
-        tensor = std::move(one.front().tensor);
     } else {
         tensor = backend_.empty(shape, weight_dtype(reader_, name), name);
+        if (control_.rank() == owner) read_into(name, tensor);
     }
     communicator_.broadcast(tensor, owner);
     return tensor;

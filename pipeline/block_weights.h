@@ -56,6 +56,7 @@ private:
     std::vector<std::string> names_of_block(int block) const;
     int owner_of(const std::string& name) const;  // the rank that reads a tensor
     Coming expect(const std::string& name);
+    void read_into(const std::string& name, TensorView tensor) const;
     EventPtr bring(std::vector<Coming>& share);  // reads, checks for NaN, uploads
     void await_prefetch();
     LinearWeights load_linear(int block, const Linear& linear);
@@ -67,11 +68,11 @@ private:
     const CheckpointReader& reader_;
     const ModelGraph& graph_;
     std::unique_ptr<GptqScheme> scheme_;  // of a quantized checkpoint
-    std::unique_ptr<CopyLane> lane_;
     int prefetched_block_ = -1;
     std::vector<Coming> share_;  // of the block that is being prefetched
     std::map<std::string, Tensor> at_hand_;
-    std::future<EventPtr> arrival_;  // goes first: its thread fills the share
+    std::unique_ptr<CopyLane> lane_;  // used by the prefetch only; goes before the buffers that it reads
+    std::future<EventPtr> arrival_;   // goes first: its thread fills the share
 };
 
 }  // namespace quantmill

@@ -274,4 +274,20 @@ void require_finite(const StoredTensor& tensor, const void* data, const std::str
                    element(*dtype, data, *position), describe_position(tensor.shape, *position));
 }
 
+void read_finite(const CheckpointReader& reader, const std::string& name, const PieceSink& sink) {
+    const StoredTensor& tensor = reader.find(name);
+    const std::string file = reader.file_of(name).string();
+    std::vector<std::byte> piece;
+    for (std::uint64_t offset = 0; offset == 0 || offset < tensor.bytes(); offset += kReadPiece) {
+        piece.resize(std::min<std::uint64_t>(kReadPiece, tensor.bytes() - offset));
+        reader.read(name, offset, piece.data(), piece.size());
+        StoredTensor part = tensor;
+        part.shape = {
+            static_cast<std::int64_t>(piece.size() * 8 / safetensors_bits(tensor.dtype).value_or(8))};
+        part.end = part.begin + piece.size();
+        require_finite(part, piece.data(), file);
+        sink(offset, piece.data(), piece.size());
+    }
+}
+
 }  // namespace quantmill

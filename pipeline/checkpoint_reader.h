@@ -2,6 +2,7 @@
 
 #include <cstdint>
 #include <filesystem>
+#include <functional>
 #include <map>
 #include <memory>
 #include <nlohmann/json.hpp>
@@ -47,5 +48,11 @@ private:
 // Throws BadInput naming tensor, row and value when float data (f32, f16, bf16 or f64) holds NaN or
 // an infinity; other dtypes pass.
 void require_finite(const StoredTensor& tensor, const void* data, const std::string& file);
+
+// Reads a tensor in pieces of at most kReadPiece bytes, checks each as require_finite does and hands it on.
+// An empty tensor is one empty piece.
+inline constexpr std::size_t kReadPiece = std::size_t{64} << 20U;
+using PieceSink = std::function<void(std::uint64_t offset, const std::byte* data, std::size_t bytes)>;
+void read_finite(const CheckpointReader& reader, const std::string& name, const PieceSink& sink);
 
 }  // namespace quantmill

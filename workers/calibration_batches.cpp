@@ -1,5 +1,7 @@
 #include "workers/calibration_batches.h"
 
+#include <spdlog/spdlog.h>
+
 #include <algorithm>
 
 namespace quantmill {
@@ -102,7 +104,12 @@ CalibrationBatches::Pass::Pass(CalibrationBatches& batches, StateUse use) : all_
 }
 
 CalibrationBatches::Pass::~Pass() {
-    if (opened_ > 0) all_.download(opened_ - 1, use_);
+    try {
+        if (opened_ > 0) all_.download(opened_ - 1, use_);
+    } catch (const Error& error) {
+        // A failed device fails the next operation too, which may throw.
+        spdlog::error("{}", error.what());
+    }
 }
 
 BatchState CalibrationBatches::Pass::next() {

@@ -10,8 +10,6 @@
 namespace quantmill {
 namespace {
 
-constexpr std::uint64_t kCopyPiece = std::uint64_t{64} << 20U;
-
 QuantizationConfig config_of(const JobSpec& spec) {
     const QuantizationSpec& q = spec.quantization;
     return {q.bits,
@@ -86,24 +84,14 @@ CheckpointOutput::CheckpointOutput(const PreparedJob& job, Control& control, Bac
 
 void CheckpointOutput::copy_untouched() {
     for (const std::string& name : job_.layout.copied) {
-        if (writer_.owns(name)) writes_.submit(kCopyPiece, [this, name] { copy_tensor(name); });
+        if (writer_.owns(name)) writes_.submit(kReadPiece, [this, name] { copy_tensor(name); });
     }
 }
 
 void CheckpointOutput::copy_tensor(const std::string& name) {
-    const StoredTensor& tensor = job_.reader.find(name);
-    const std::string file = job_.reader.file_of(name).string();
-    std::vector<std::byte> piece;
-    for (std::uint64_t offset = 0; offset == 0 || offset < tensor.bytes(); offset += kCopyPiece) {
-        piece.resize(std::min(kCopyPiece, tensor.bytes() - offset));
-        job_.reader.read(name, offset, piece.data(), piece.size());
-        StoredTensor part = tensor;
-        part.shape = {
-            static_cast<std::int64_t>(piece.size() * 8 / safetensors_bits(tensor.dtype).value_or(8))};
-        part.end = part.begin + piece.size();
-        require_finite(part, piece.data(), file);
-        writer_.write_piece(name, offset, piece.data(), piece.size());
-    }
+    read_finite(job_.reader, name, [&](std::uint64_t offset, const std::byte* data, std::size_t bytes) {
+        writer_.write_piece(name, offset, data, bytes);
+    });
 }
 
 void CheckpointOutput::write_bias(const std::string& name, const Tensor& bias) {

@@ -22,7 +22,7 @@ constexpr const char* exit_codes =
     "  2   bad input: the job, a file or an option is wrong; trying again is useless\n"
     "  70  internal error: please report it\n"
     "  75  infrastructure fault (a rank, GPU, disk or network failed): trying again may help\n"
-    "  85  stopped on request, can be resumed\n";
+    "  85  reserved for runs that were stopped and can be resumed\n";
 
 constexpr const char* main_help =
     "Examples:\n"

@@ -4,6 +4,7 @@
 #include <fmt/format.h>
 #include <spdlog/sinks/stdout_color_sinks.h>
 #include <spdlog/spdlog.h>
+#include <unistd.h>
 
 #include <cstdio>
 #include <memory>
@@ -25,7 +26,9 @@ void set_up_logging(const std::string& level, const Control& control) {
     const auto wanted = spdlog::level::from_str(level == "warn" ? "warning" : level);
     const bool quiet = control.rank() > 0 && wanted == spdlog::level::info;
     logger->set_level(quiet ? spdlog::level::warn : wanted);
-    logger->set_pattern(fmt::format("%H:%M:%S [{}:{}] %^%l%$ %v", control.host(), control.rank()));
+    // On a terminal a message takes the place of the live line (Progress), which comes back below it.
+    const char* clear = isatty(STDERR_FILENO) == 1 ? "\r\x1b[K" : "";
+    logger->set_pattern(fmt::format("{}%H:%M:%S [{}:{}] %^%l%$ %v", clear, control.host(), control.rank()));
     spdlog::set_default_logger(std::move(logger));
 }
 

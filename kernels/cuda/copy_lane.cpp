@@ -9,7 +9,7 @@ long long as_argument(std::size_t bytes) { return static_cast<long long>(bytes);
 
 }  // namespace
 
-CudaEvent::CudaEvent(cudaStream_t stream) {
+CudaEvent::CudaEvent(int device, cudaStream_t stream) : device_(device) {
     // Who waits is a thread of a machine that other ranks share: let it sleep.
     check(cudaEventCreateWithFlags(&event_, cudaEventBlockingSync), "cudaEventCreateWithFlags");
     check(cudaEventRecord(event_, stream), "cudaEventRecord");
@@ -17,7 +17,11 @@ CudaEvent::CudaEvent(cudaStream_t stream) {
 
 CudaEvent::~CudaEvent() { cudaEventDestroy(event_); }
 
-void CudaEvent::wait() const { check(cudaEventSynchronize(event_), "cudaEventSynchronize"); }
+void CudaEvent::wait() const {
+    // A new thread stands on device 0, where it would open a context.
+    check(cudaSetDevice(device_), "cudaSetDevice", {{"device", device_}});
+    check(cudaEventSynchronize(event_), "cudaEventSynchronize");
+}
 
 double CudaEvent::seconds_since(const Event& earlier) const {
     wait();
@@ -64,7 +68,7 @@ void CudaCopyLane::download(ConstTensorView source, void* host) {
 
 EventPtr CudaCopyLane::record() {
     choose_device();
-    return std::make_shared<CudaEvent>(stream_);
+    return std::make_shared<CudaEvent>(device_, stream_);
 }
 
 }  // namespace quantmill::cuda

@@ -6,16 +6,17 @@
 
 namespace quantmill::cuda {
 
-// Recorded on a stream when it is made.
+// Recorded on a stream of `device` when it is made; any thread may wait for it.
 class CudaEvent final : public Event {
 public:
-    explicit CudaEvent(cudaStream_t stream);
+    CudaEvent(int device, cudaStream_t stream);
     ~CudaEvent() override;
     void wait() const override;
     double seconds_since(const Event& earlier) const override;
     cudaEvent_t get() const { return event_; }
 
 private:
+    int device_;
     cudaEvent_t event_ = nullptr;
 };
 

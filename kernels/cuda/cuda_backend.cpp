@@ -191,7 +191,7 @@ std::unique_ptr<CopyLane> CudaBackend::make_copy_lane() {
     return std::make_unique<cuda::CudaCopyLane>(device_);
 }
 
-EventPtr CudaBackend::record() { return std::make_shared<cuda::CudaEvent>(stream_); }
+EventPtr CudaBackend::record() { return std::make_shared<cuda::CudaEvent>(device_, stream_); }
 
 void CudaBackend::after(const Event& event) { cuda::wait_for(event, stream_); }
 

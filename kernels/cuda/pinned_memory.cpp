@@ -9,10 +9,16 @@
 
 namespace quantmill::cuda {
 
-PinnedMemory::~PinnedMemory() {
+PinnedMemory::~PinnedMemory() { release(); }
+
+bool PinnedMemory::release() {
+    const std::lock_guard lock(mutex_);
+    const bool any = !free_.empty();
     for (const auto& [bytes, list] : free_) {
         for (void* memory : list) cudaFreeHost(memory);
     }
+    free_.clear();
+    return any;
 }
 
 void* PinnedMemory::allocate(std::size_t bytes, const std::string& what) {
@@ -25,7 +31,10 @@ void* PinnedMemory::allocate(std::size_t bytes, const std::string& what) {
         }
     }
     void* memory = nullptr;
-    const cudaError_t status = cudaHostAlloc(&memory, std::max<std::size_t>(bytes, 1), cudaHostAllocPortable);
+    cudaError_t status = cudaSuccess;
+    do {
+        status = cudaHostAlloc(&memory, std::max<std::size_t>(bytes, 1), cudaHostAllocPortable);
+    } while (status == cudaErrorMemoryAllocation && release());
     if (status == cudaErrorMemoryAllocation) {
         static_cast<void>(cudaGetLastError());
         throw InfrastructureError(

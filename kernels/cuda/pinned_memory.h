@@ -21,6 +21,8 @@ public:
     void deallocate(void* memory, std::size_t bytes) noexcept;
 
 private:
+    bool release();  // gives back what nobody uses; false when there is nothing
+
     std::mutex mutex_;
     std::map<std::size_t, std::vector<void*>> free_;  // by size
 };

@@ -42,13 +42,4 @@ expect 0 "mpirun -n 1" env MPI_TYPES='pmix_v4x' "$script" job.yaml
 # The program's exit code is the script's.
 expect 75 'exit code 75' env MPI_TYPES=pmix SRUN_DOES='exit 75' "$script" job.yaml
 
-# USR2 reaches the ranks, and their exit code comes back, however late.
-export MPI_TYPES=pmix
-export SRUN_DOES='trap "sleep 0.3; exit 85" USR2; touch "'$place'/started"; while :; do sleep 0.1; done'
-{ code=0; "$script" job.yaml & echo $! >"$place/pid"; wait $! || code=$?; echo "came back: $code"; } >"$place/log" 2>&1 &
-for _ in $(seq 100); do [ -e "$place/started" ] && break; sleep 0.1; done
-kill -USR2 "$(cat "$place/pid")"
-wait
-expect 0 'came back: 85' cat "$place/log"
-
 [ "$failures" -eq 0 ] && echo "all well"
