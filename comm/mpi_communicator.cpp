@@ -62,12 +62,6 @@ void MpiCommunicator::broadcast(TensorView tensor, int root) {
                  [&](std::byte* data, std::size_t bytes) { control_.broadcast_bytes(data, bytes, root); });
 }
 
-void require_integers(const TensorView& sum) {
-    if (sum.dtype() == DType::i64) return;
-    throw InternalError("a sum over {} values: only integer sums are the same on any number of ranks",
-                        name_of(sum.dtype()));
-}
-
 void MpiCommunicator::all_sum(TensorView sum) {
     require_integers(sum);
     if (control_.size() == 1) return;
