@@ -58,12 +58,14 @@ def main() -> None:
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--tokens", type=Path, required=True)
     parser.add_argument("--sequences", default="all")
+    parser.add_argument("--split", action="store_true", help="also two ranks in one group, which split the sequences")
     arguments = parser.parse_args()
     arguments.model, arguments.tokens = arguments.model.resolve(), arguments.tokens.resolve()
     config = json.loads((arguments.model / "config.json").read_text())
     with tempfile.TemporaryDirectory() as directory:
         work = Path(directory)
-        reports = {(1, 1): run(arguments, work, 1, 1), (2, 2): run(arguments, work, 2, 2), (2, 1): run(arguments, work, 2, 1)}
+        placements = [(1, 1), (2, 2), *([(2, 1)] if arguments.split else [])]
+        reports = {placement: run(arguments, work, *placement) for placement in placements}
     alone = work_seconds(reports[1, 1])
     for (ranks, groups), report in reports.items():
         layers = report["layers"]

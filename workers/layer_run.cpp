@@ -7,7 +7,6 @@
 #include "pipeline/model_card.h"
 #include "pipeline/stopwatch.h"
 #include "workers/calibration_batches.h"
-#include "workers/cost_model.h"
 #include "workers/gptq_options.h"
 
 namespace quantmill {
@@ -88,66 +87,11 @@ LayerRun::LayerRun(const std::vector<PreparedJob>& outputs, const LayerPlan& pla
     expect_deliveries();
 }
 
-LayerRun::SweepSolves LayerRun::solves_of(std::size_t sweep, std::size_t group) const {
-    SweepSolves solves;
-    const BlockCost cost = block_cost(job().graph, rates_of(backend_.name(), 1.0), 0.0, 0.0);
-    const BlockRange range = plan_.sweeps[sweep][group];
-    for (int block = range.begin; block < range.end; ++block) {
-        for (std::size_t stage = 0; stage < job().graph.stages.size(); ++stage) {
-            solves.tasks.push_back({block, stage, cost.factor[stage], cost.solve[stage]});
-        }
-    }
-    solves.plan = plan_solves(solves.tasks, static_cast<int>(plan_.groups[group].size()));
-    return solves;
-}
-
-std::vector<std::string> LayerRun::tensors_of(const SolveTask& task) const {
-    std::vector<std::string> names;
-    for (const Linear& linear : job().graph.stages[task.stage].group.linears) {
-        const std::string prefix = job().graph.in_block(task.block, linear.name);
-        for (const StoredTensor& tensor : gptq_tensors(prefix, linear.rows, linear.columns, {})) {
-            names.push_back(tensor.name);
-        }
-        if (linear.bias) names.push_back(prefix + ".bias");
-    }
-    return names;
-}
-
-// The rank that writes each output shard: the one that makes most of its bytes.
-std::vector<int> LayerRun::writers_of(std::size_t output) const {
-    std::map<std::string, int> made_by;
-    for (std::size_t sweep = 0; sweep < plan_.sweeps.size(); ++sweep) {
-        for (std::size_t group = 0; group < plan_.groups.size(); ++group) {
-            const SweepSolves solves = solves_of(sweep, group);
-            for (std::size_t team = 0; team < solves.plan.tasks.size(); ++team) {
-                const int leader = plan_.groups[group][static_cast<std::size_t>(solves.plan.leader[team])];
-                for (const std::size_t task : solves.plan.tasks[team]) {
-                    for (const std::string& name : tensors_of(solves.tasks[task])) made_by[name] = leader;
-                }
-            }
-        }
-    }
-    std::vector<int> writers;
-    for (const OutputShard& shard : outputs_[output].layout.shards) {
-        std::map<int, std::uint64_t> bytes;
-        for (const StoredTensor& tensor : shard.tensors) {
-            const auto maker = made_by.find(tensor.name);
-            if (maker != made_by.end()) bytes[maker->second] += tensor.bytes();
-        }
-        const auto most = std::max_element(bytes.begin(), bytes.end(),
-                                           [](const auto& a, const auto& b) { return a.second < b.second; });
-        // A shard of copied tensors alone: dealt in turn.
-        writers.push_back(most != bytes.end() ? most->first
-                                              : static_cast<int>(writers.size()) % control_.size());
-    }
-    return writers;
-}
-
 void LayerRun::open_outputs() {
     std::vector<CheckpointOutput*> written;
     std::vector<TensorOwners> owners;
     for (std::size_t o = 0; o < outputs_.size(); ++o) {
-        const std::vector<int> writers = writers_of(o);
+        const std::vector<int> writers = writers_of(job().graph, backend_.name(), plan_, outputs_[o].layout);
         std::vector<std::size_t> owned;
         for (std::size_t shard = 0; shard < writers.size(); ++shard) {
             if (writers[shard] == control_.rank()) owned.push_back(shard);
@@ -160,19 +104,10 @@ void LayerRun::open_outputs() {
 }
 
 void LayerRun::expect_deliveries() {
-    for (std::size_t sweep = 0; sweep < plan_.sweeps.size(); ++sweep) {
-        for (std::size_t group = 0; group < plan_.groups.size(); ++group) {
-            const SweepSolves solves = solves_of(sweep, group);
-            for (std::size_t team = 0; team < solves.plan.tasks.size(); ++team) {
-                const int leader = plan_.groups[group][static_cast<std::size_t>(solves.plan.leader[team])];
-                for (const std::size_t task : solves.plan.tasks[team]) {
-                    for (std::size_t o = 0; o < outputs_.size(); ++o) {
-                        delivery_->expect(leader, o, tensors_of(solves.tasks[task]));
-                    }
-                }
-            }
-        }
-    }
+    for_each_solve(job().graph, backend_.name(), plan_, [&](int leader, const SolveTask& task) {
+        const std::vector<std::string> tensors = tensors_of(job().graph, task);
+        for (std::size_t o = 0; o < outputs_.size(); ++o) delivery_->expect(leader, o, tensors);
+    });
 }
 
 std::vector<std::vector<LinearReport>> LayerRun::run() {
@@ -193,7 +128,7 @@ std::vector<std::vector<LinearReport>> LayerRun::run() {
 
 void LayerRun::run_sweep(std::size_t sweep) {
     std::vector<HeldBlock> held = load_blocks(plan_.sweeps[sweep][group_]);
-    const SweepSolves solves = solves_of(sweep, group_);
+    const SweepSolves solves = solves_of(job().graph, backend_.name(), plan_, sweep, group_);
     Stopwatch watch;
     if (!given_) {
         stream(sweep, held);

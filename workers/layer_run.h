@@ -10,6 +10,7 @@
 #include "pipeline/hessian_store.h"
 #include "workers/hessian_stream.h"
 #include "workers/job_report.h"
+#include "workers/layer_solves.h"
 #include "workers/tensor_delivery.h"
 
 namespace quantmill {
@@ -37,16 +38,7 @@ public:
     void describe(LayersReport& report);
 
 private:
-    // Everything that a group solves after a sweep, and who does.
-    struct SweepSolves {
-        std::vector<SolveTask> tasks;
-        SolvePlan plan;
-    };
-
     const PreparedJob& job() const { return outputs_.front(); }
-    SweepSolves solves_of(std::size_t sweep, std::size_t group) const;
-    std::vector<std::string> tensors_of(const SolveTask& task) const;
-    std::vector<int> writers_of(std::size_t output) const;
     void open_outputs();
     void expect_deliveries();
 

@@ -10,6 +10,7 @@
 #include "workers/calibration_batches.h"
 #include "workers/checkpoint_output.h"
 #include "workers/forecast.h"
+#include "workers/layer_solves.h"
 #include "workers/placement.h"
 
 namespace quantmill {
@@ -175,8 +176,23 @@ std::vector<NamedBytes> memory_of_groups(const PreparedJob& job, const Backend& 
             {"rows being solved and scratch", memory.scratch}};
 }
 
+// The rank that writes each output file.
+std::vector<int> writers_of_files(const PreparedJob& job, const World& world, const LayerPlan& layers,
+                                  const Backend& backend) {
+    if (job.spec.quantization.propagate == "original") {
+        return writers_of(job.graph, backend.name(), layers, job.layout);
+    }
+    std::vector<int> writers(job.layout.shards.size());
+    for (int rank = 0; rank < world.size(); ++rank) {
+        for (const std::size_t file : output_shards_of_rank(writers.size(), rank, world.size())) {
+            writers[file] = rank;
+        }
+    }
+    return writers;
+}
+
 std::vector<PlannedRank> describe_ranks(const PreparedJob& job, const Backend& backend, const World& world,
-                                        const LayerPlan& layers) {
+                                        const LayerPlan& layers, const std::vector<int>& writers) {
     const bool original = job.spec.quantization.propagate == "original";
     std::vector<PlannedRank> ranks;
     for (int rank = 0; rank < world.size(); ++rank) {
@@ -198,8 +214,8 @@ std::vector<PlannedRank> describe_ranks(const PreparedJob& job, const Backend& b
                                        ? stage.group.rows()
                                        : ranges[static_cast<std::size_t>(layers.index_of(rank))].count());
         }
-        for (const std::size_t file : output_shards_of_rank(job.layout.shards.size(), rank, world.size())) {
-            planned.output_files.push_back(static_cast<std::int64_t>(file));
+        for (std::size_t file = 0; file < writers.size(); ++file) {
+            if (writers[file] == rank) planned.output_files.push_back(static_cast<std::int64_t>(file));
         }
         if (original) {
             planned.device_tokens = planned.tokens;
@@ -385,6 +401,7 @@ Plan make_plan(const PreparedJob& job, Control& control, Backend& backend, const
                bool measure, const std::optional<World>& imagined) {
     const World world = imagined ? *imagined : gather_world(control, backend);
     const LayerPlan layers = layers_of(job, world, backend);
+    const std::vector<int> writers = writers_of_files(job, world, layers, backend);
     Plan plan;
     plan.backend = backend.description();
     plan.communicator = communicator;
@@ -395,12 +412,11 @@ Plan make_plan(const PreparedJob& job, Control& control, Backend& backend, const
     plan.output_format = job.spec.output.format;
     for (std::size_t i = 0; i < job.layout.shards.size(); ++i) {
         const OutputShard& shard = job.layout.shards[i];
-        plan.files.push_back(
-            {shard.file_name, shard.bytes, static_cast<int>(i % static_cast<std::size_t>(world.size()))});
+        plan.files.push_back({shard.file_name, shard.bytes, writers[i]});
     }
     plan.disk_needed = job.layout.total_bytes();
     plan.disk_free = free_disk(job.spec.output.directory);
-    plan.ranks = describe_ranks(job, backend, world, layers);
+    plan.ranks = describe_ranks(job, backend, world, layers, writers);
     const double gflops = measure ? measure_gflops(job.graph, control, backend) : 1.0;
     Forecast expected =
         forecast(job, planned_work(job, backend), world, rates_of(backend.name(), gflops * 1e9), layers);
