@@ -125,9 +125,10 @@ Forecast forecast_original(const PlannedWork& work, const World& world, const Ra
     PlannedLayers& planned = forecast.layers;
     planned.propagate = "original";
     planned.sweeps = static_cast<std::int64_t>(layers.sweeps.size());
-    planned.bubble = layers.streams ? bubble_fraction(static_cast<int>(layers.groups.size()),
-                                                      items_in_stream(work, layers))
-                                    : 0.0;
+    if (layers.streams) {  // what has passed comes back for the next sweep, so that it fills and drains once
+        const double items = items_in_stream(work, layers) * static_cast<double>(layers.sweeps.size());
+        planned.bubble = bubble_fraction(static_cast<int>(layers.groups.size()), items);
+    }
     planned.seconds = total_seconds(lines);
     const LayerPlan alone{{{0}}, {{{0, work.graph->blocks}}}};
     planned.alone_seconds = total_seconds(simulate(work, imagine_world(1, 1, 0), rates, alone));
