@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import INDEX, make_checkpoint
+from conftest import INDEX, make_checkpoint, read_tensors
 from program import ROOT, Run, random_sequences, write_job, write_store
 from test_same_bytes import digests
 
@@ -42,6 +42,18 @@ def test_groups_chosen_by_the_job(quantmill: Run, small: Path, tmp_path: Path, p
     for ranks, groups in [(2, "2"), (2, "1"), (3, "3"), (3, "2"), (4, "auto"), (4, "2")]:
         output = tmp_path / f"{ranks}-{groups}"
         assert run(quantmill, small, output, *words, "--set", f"compute.layer_groups={groups}", ranks=ranks) == expected
+
+
+def test_both_propagations_agree_on_the_first_block(quantmill: Run, small: Path, tmp_path: Path) -> None:
+    """Nothing before it is quantized; with true_sequential: false nothing in it is, either. Later blocks must differ."""
+    found = {}
+    for propagate in ("original", "quantized"):
+        words = ["--set", f"quantization.propagate={propagate}", "--set", "quantization.true_sequential=false"]
+        run(quantmill, small, tmp_path / propagate, *words, ranks=2)
+        found[propagate] = {name: values.tobytes() for name, (_, values) in read_tensors(tmp_path / propagate).items()}
+    blocks = {block: [name for name in found["original"] if name.startswith(f"model.layers.{block}.")] for block in (0, 2)}
+    assert all(found["original"][name] == found["quantized"][name] for name in blocks[0])
+    assert any(found["original"][name] != found["quantized"][name] for name in blocks[2] if name.endswith("qweight"))
 
 
 def test_one_sequence(quantmill: Run, small: Path, tmp_path: Path) -> None:
