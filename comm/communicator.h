@@ -33,6 +33,13 @@ public:
     virtual void all_sum(TensorView sum) = 0;  // i64, exact
     // Afterwards every rank holds all rows; rank r brought rows ranges[r], which are disjoint.
     virtual void all_gather_rows(TensorView tensor, std::span<const RowRange> ranges) = 0;
+    virtual void sum_to(TensorView sum, int root) = 0;  // i64, exact; the others' tensors are left undefined
+
+    // Not collective: one rank sends, `peer` receives as many bytes, in the order of the sends. The tensor
+    // must live and stay as it is until the transfer is waited for; what is received is there for the
+    // backend's next operation afterwards.
+    virtual std::unique_ptr<Transfer> start_send(ConstTensorView tensor, int peer) = 0;
+    virtual std::unique_ptr<Transfer> start_receive(TensorView tensor, int peer) = 0;
 };
 
 // kind: "auto" (nccl for several ranks that each have a GPU of their own, else mpi), "nccl" or "mpi" (CUDA

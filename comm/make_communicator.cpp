@@ -1,4 +1,5 @@
 #include "comm/communicator.h"
+#include "comm/counting_communicator.h"
 #include "comm/mpi_communicator.h"
 
 #ifdef QUANTMILL_WITH_NCCL
@@ -19,7 +20,9 @@ std::unique_ptr<Communicator> make_communicator(const std::string& kind, Control
             backend.name());
     }
     if (cuda && kind != "mpi" && (kind == "nccl" || control.size() > 1)) {
-        if (each_rank_has_its_gpu(control, backend)) return make_nccl_communicator(control, backend);
+        if (each_rank_has_its_gpu(control, backend)) {
+            return count_traffic(make_nccl_communicator(control, backend), control);
+        }
         if (kind == "nccl") {
             throw BadInput(
                 "compute.communicator is nccl, but several ranks share a GPU, which NCCL refuses: start one "
@@ -33,7 +36,7 @@ std::unique_ptr<Communicator> make_communicator(const std::string& kind, Control
             "compute.communicator is nccl, which needs the CUDA backend; this program was built without "
             "it: build with `cmake --preset cuda`, or say auto or mpi");
     }
-    return make_mpi_communicator(control, backend);
+    return count_traffic(make_mpi_communicator(control, backend), control);
 }
 
 }  // namespace quantmill

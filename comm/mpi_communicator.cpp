@@ -1,6 +1,7 @@
 #include "comm/mpi_communicator.h"
 
 #include <algorithm>
+#include <utility>
 #include <vector>
 
 #include "comm/row_ranges.h"
@@ -18,6 +19,9 @@ public:
     void broadcast(TensorView tensor, int root) override;
     void all_sum(TensorView sum) override;
     void all_gather_rows(TensorView tensor, std::span<const RowRange> ranges) override;
+    void sum_to(TensorView sum, int root) override;
+    std::unique_ptr<Transfer> start_send(ConstTensorView tensor, int peer) override;
+    std::unique_ptr<Transfer> start_receive(TensorView tensor, int peer) override;
 
 private:
     template <class Exchange>
@@ -64,6 +68,54 @@ void MpiCommunicator::all_sum(TensorView sum) {
     through_host(sum, true, true, [&](std::byte* data, std::size_t bytes) {
         control_.all_sum_int64(reinterpret_cast<std::int64_t*>(data), bytes / sizeof(std::int64_t));
     });
+}
+
+void MpiCommunicator::sum_to(TensorView sum, int root) {
+    require_integers(sum);
+    if (control_.size() == 1) return;
+    through_host(sum, true, control_.rank() == root, [&](std::byte* data, std::size_t bytes) {
+        control_.sum_int64_to(reinterpret_cast<std::int64_t*>(data), bytes / sizeof(std::int64_t), root);
+    });
+}
+
+// A tensor in device memory on its way through a host buffer.
+class StagedTransfer final : public Transfer {
+public:
+    StagedTransfer(Backend& backend, TensorView destination, std::vector<std::byte> staging)
+        : backend_(backend), destination_(destination), staging_(std::move(staging)) {}
+
+    std::byte* staging() { return staging_.data(); }
+    void begin(std::unique_ptr<Transfer> transfer) { transfer_ = std::move(transfer); }
+    bool done() override { return transfer_->done(); }
+    void wait() override {
+        transfer_->wait();
+        if (!destination_.empty()) backend_.copy_from_host(staging_.data(), std::exchange(destination_, {}));
+    }
+
+private:
+    Backend& backend_;
+    TensorView destination_;  // empty for what is sent, and once it has been filled
+    std::vector<std::byte> staging_;
+    std::unique_ptr<Transfer> transfer_;
+};
+
+std::unique_ptr<Transfer> MpiCommunicator::start_send(ConstTensorView tensor, int peer) {
+    if (backend_.host_memory()) return control_.start_send_bytes(tensor.bytes(), tensor.size_bytes(), peer);
+    auto staged =
+        std::make_unique<StagedTransfer>(backend_, TensorView(), std::vector<std::byte>(tensor.size_bytes()));
+    if (!tensor.empty()) backend_.copy_to_host(tensor, staged->staging());
+    staged->begin(control_.start_send_bytes(staged->staging(), tensor.size_bytes(), peer));
+    return staged;
+}
+
+std::unique_ptr<Transfer> MpiCommunicator::start_receive(TensorView tensor, int peer) {
+    if (backend_.host_memory()) {
+        return control_.start_receive_bytes(tensor.bytes(), tensor.size_bytes(), peer);
+    }
+    auto staged =
+        std::make_unique<StagedTransfer>(backend_, tensor, std::vector<std::byte>(tensor.size_bytes()));
+    staged->begin(control_.start_receive_bytes(staged->staging(), tensor.size_bytes(), peer));
+    return staged;
 }
 
 void MpiCommunicator::all_gather_rows(TensorView tensor, std::span<const RowRange> ranges) {

@@ -3,6 +3,7 @@
 #include <mpi.h>
 
 #include <algorithm>
+#include <atomic>
 #include <chrono>
 #include <cstdio>
 #include <cstdlib>
@@ -24,6 +25,7 @@ using std::chrono::microseconds;
 using std::chrono::milliseconds;
 
 int controls_alive = 0;
+std::atomic<Clock::rep> last_poll{Clock::now().time_since_epoch().count()};
 
 std::string mpi_error_text(int status) {
     std::string text(MPI_MAX_ERROR_STRING, '\0');
@@ -53,11 +55,31 @@ public:
     void all_sum_int64(std::int64_t* data, std::size_t count) override {
         all_reduce(data, count, MPI_SUM, "a sum");
     }
+    void sum_int64_to(std::int64_t* data, std::size_t count, int root) override;
+
+    std::unique_ptr<Control> split(int color) override;
+    std::unique_ptr<Transfer> start_send_bytes(const void* data, std::size_t bytes, int peer) override;
+    std::unique_ptr<Transfer> start_receive_bytes(void* data, std::size_t bytes, int peer) override;
+
+    bool has_mail() const override { return mail_ != MPI_COMM_NULL; }
+    bool post(const std::string& text, int peer) override;
+    std::optional<Mail> next_mail() override;
+    void drop_mail() override;
     [[noreturn]] void abort(ExitCode code) override;
 
-private:
     void check(int status, const std::string& what) const;
     void wait(MPI_Request& request, const std::string& what, Clock::duration busy) const;
+
+private:
+    // A text that was posted and may not have left yet.
+    struct Posted {
+        std::string text;
+        MPI_Request request = MPI_REQUEST_NULL;
+    };
+
+    MpiControl(const MpiControl& parent, MPI_Comm communicator);
+    void learn_place();
+    MPI_Comm duplicate(MPI_Comm source, const std::string& what) const;
     Clock::duration meet_before(std::size_t bytes, const std::string& what);
     void barrier(const std::string& what);
     void all_reduce(std::int64_t* data, std::size_t count, MPI_Op operation, const std::string& what);
@@ -65,6 +87,10 @@ private:
     void find_local_rank();
 
     MPI_Comm world_ = MPI_COMM_NULL;
+    MPI_Comm mail_ = MPI_COMM_NULL;  // of the first Control only, and with full thread support
+    std::vector<Posted> posted_;     // to each peer
+    std::vector<std::int64_t> posts_, taken_;
+    int job_rank_ = 0;  // what messages name
     int rank_ = 0, size_ = 1, local_rank_ = 0, local_size_ = 1;
     std::string host_ = host_name();
     duration<double> timeout_;
@@ -91,7 +117,7 @@ void initialise_mpi() {
     check_start(MPI_Initialized(&initialised), "MPI_Initialized");
     if (initialised != 0) return;
     int provided = MPI_THREAD_SINGLE;
-    check_start(MPI_Init_thread(nullptr, nullptr, MPI_THREAD_FUNNELED, &provided), "MPI_Init_thread");
+    check_start(MPI_Init_thread(nullptr, nullptr, MPI_THREAD_MULTIPLE, &provided), "MPI_Init_thread");
     if (provided < MPI_THREAD_FUNNELED) {
         throw InfrastructureError(
             "{}: this MPI library ({}) does not allow threads beside it (MPI_THREAD_FUNNELED); use a "
@@ -101,17 +127,47 @@ void initialise_mpi() {
     check_start(MPI_Comm_set_errhandler(MPI_COMM_WORLD, MPI_ERRORS_RETURN), "MPI_Comm_set_errhandler");
 }
 
+bool threads_may_call_mpi() {
+    int provided = MPI_THREAD_SINGLE;
+    check_start(MPI_Query_thread(&provided), "MPI_Query_thread");
+    return provided == MPI_THREAD_MULTIPLE;
+}
+
 MpiControl::MpiControl(const MpiOptions& options)
     : timeout_(options.timeout > 0 ? options.timeout : wait_timeout()), max_message_(options.max_message) {
     initialise_mpi();
-    check(MPI_Comm_rank(MPI_COMM_WORLD, &rank_), "MPI_Comm_rank");
-    check(MPI_Comm_size(MPI_COMM_WORLD, &size_), "MPI_Comm_size");
-    MPI_Request request = MPI_REQUEST_NULL;
-    check(MPI_Comm_idup(MPI_COMM_WORLD, &world_, &request), "MPI_Comm_idup");
-    wait(request, "all ranks to start", kShortWait);
+    check(MPI_Comm_rank(MPI_COMM_WORLD, &job_rank_), "MPI_Comm_rank");
+    world_ = duplicate(MPI_COMM_WORLD, "all ranks to start");
+    if (threads_may_call_mpi()) mail_ = duplicate(MPI_COMM_WORLD, "all ranks to start");
+    learn_place();
+}
+
+MpiControl::MpiControl(const MpiControl& parent, MPI_Comm communicator)
+    : world_(communicator),
+      job_rank_(parent.job_rank_),
+      timeout_(parent.timeout_),
+      max_message_(parent.max_message_) {
     check(MPI_Comm_set_errhandler(world_, MPI_ERRORS_RETURN), "MPI_Comm_set_errhandler");
+    learn_place();
+}
+
+void MpiControl::learn_place() {
+    check(MPI_Comm_rank(world_, &rank_), "MPI_Comm_rank");
+    check(MPI_Comm_size(world_, &size_), "MPI_Comm_size");
+    posted_.resize(static_cast<std::size_t>(size_));
+    posts_.resize(posted_.size(), 0);
+    taken_.resize(posted_.size(), 0);
     find_local_rank();
     ++controls_alive;
+}
+
+MPI_Comm MpiControl::duplicate(MPI_Comm source, const std::string& what) const {
+    MPI_Comm copy = MPI_COMM_NULL;
+    MPI_Request request = MPI_REQUEST_NULL;
+    check(MPI_Comm_idup(source, &copy, &request), "MPI_Comm_idup");
+    wait(request, what, kShortWait);
+    check(MPI_Comm_set_errhandler(copy, MPI_ERRORS_RETURN), "MPI_Comm_set_errhandler");
+    return copy;
 }
 
 MpiControl::~MpiControl() {
@@ -119,9 +175,10 @@ MpiControl::~MpiControl() {
     // The peers do not come to MPI_Finalize while an exception takes this rank down: it would hang.
     if (std::uncaught_exceptions() > exceptions_at_start_) return;
     int status = MPI_Comm_free(&world_);
+    if (status == MPI_SUCCESS && mail_ != MPI_COMM_NULL) status = MPI_Comm_free(&mail_);
     if (status == MPI_SUCCESS && controls_alive == 0) status = MPI_Finalize();
     if (status != MPI_SUCCESS) {
-        std::fprintf(stderr, "rank %d on %s: MPI did not end well: %s\n", rank_, host_.c_str(),
+        std::fprintf(stderr, "rank %d on %s: MPI did not end well: %s\n", job_rank_, host_.c_str(),
                      mpi_error_text(status).c_str());
     }
 }
@@ -137,7 +194,7 @@ void MpiControl::find_local_rank() {
 
 void MpiControl::check(int status, const std::string& what) const {
     if (status == MPI_SUCCESS) return;
-    throw InfrastructureError("rank {} on {}: {} failed: {}", rank_, host_, what, mpi_error_text(status));
+    throw InfrastructureError("rank {} on {}: {} failed: {}", job_rank_, host_, what, mpi_error_text(status));
 }
 
 // Polls: without sleeping for the time `busy`, then with sleeps that grow with the time waited, so that a
@@ -147,13 +204,14 @@ void MpiControl::wait(MPI_Request& request, const std::string& what, Clock::dura
     while (true) {
         int done = 0;
         check(MPI_Test(&request, &done, MPI_STATUS_IGNORE), what);
+        last_poll = Clock::now().time_since_epoch().count();
         if (done != 0) return;
         const Clock::duration waited = Clock::now() - start;
         if (waited > timeout_) {
             throw InfrastructureError(
                 "rank {} on {} waited {:.0f} s for {}: a peer hangs, is lost or is far slower "
                 "(QUANTMILL_TIMEOUT sets the limit)",
-                rank_, host_, duration<double>(waited).count(), what);
+                job_rank_, host_, duration<double>(waited).count(), what);
         }
         if (waited < busy) {
             std::this_thread::yield();
@@ -205,6 +263,144 @@ void MpiControl::all_reduce(std::int64_t* data, std::size_t count, MPI_Op operat
               whole);
         wait(request, whole, busy);
     }
+}
+
+void MpiControl::sum_int64_to(std::int64_t* data, std::size_t count, int root) {
+    const std::string whole = fmt::format("a sum of {} integers on rank {}", count, root);
+    const Clock::duration busy = meet_before(count * sizeof(std::int64_t), whole);
+    const std::size_t max_count = std::min(max_message_, kReductionMessage) / sizeof(std::int64_t);
+    for (std::size_t begin = 0; begin < count; begin += max_count) {
+        const std::size_t piece = std::min(max_count, count - begin);
+        MPI_Request request = MPI_REQUEST_NULL;
+        const void* source = rank_ == root ? MPI_IN_PLACE : data + begin;
+        check(MPI_Ireduce(source, rank_ == root ? data + begin : nullptr, static_cast<int>(piece),
+                          MPI_INT64_T, MPI_SUM, root, world_, &request),
+              whole);
+        wait(request, whole, busy);
+    }
+}
+
+std::unique_ptr<Control> MpiControl::split(int color) {
+    MPI_Comm part = MPI_COMM_NULL;
+    barrier("all ranks to form groups");
+    check(MPI_Comm_split(world_, color, rank_, &part), "MPI_Comm_split");
+    return std::unique_ptr<Control>(new MpiControl(*this, part));
+}
+
+// Pieces of a message that travel between two ranks.
+class MpiTransfer final : public Transfer {
+public:
+    enum class Direction { send, receive };
+    MpiTransfer(const MpiControl& control, Direction direction, std::string what)
+        : control_(control), direction_(direction), what_(std::move(what)) {}
+    ~MpiTransfer() override {
+        if (direction_ == Direction::receive) withdraw();
+    }
+    MpiTransfer(const MpiTransfer&) = delete;
+    MpiTransfer& operator=(const MpiTransfer&) = delete;
+
+    MPI_Request* add() { return &requests_.emplace_back(MPI_REQUEST_NULL); }
+    bool done() override {
+        int done = 0;
+        control_.check(
+            MPI_Testall(static_cast<int>(requests_.size()), requests_.data(), &done, MPI_STATUSES_IGNORE),
+            what_);
+        return done != 0;
+    }
+    void wait() override {
+        for (MPI_Request& request : requests_) control_.wait(request, what_, milliseconds(2));
+    }
+
+private:
+    // A job that ends before its messages have come still talks about its end, and MPI would then write what
+    // comes into memory that is no longer ours. A piece that has begun to come is let in; a dead sender's
+    // never ends.
+    void withdraw() noexcept {
+        for (MPI_Request& request : requests_) {
+            if (request != MPI_REQUEST_NULL) MPI_Cancel(&request);
+        }
+        const auto patience = Clock::now() + milliseconds(2000);
+        int done = 0;
+        while (Clock::now() < patience && done == 0) {
+            const int pieces = static_cast<int>(requests_.size());
+            if (MPI_Testall(pieces, requests_.data(), &done, MPI_STATUSES_IGNORE) != MPI_SUCCESS) return;
+        }
+    }
+
+    const MpiControl& control_;
+    Direction direction_;
+    std::string what_;
+    std::vector<MPI_Request> requests_;
+};
+
+constexpr int kTransferTag = 1;
+
+std::unique_ptr<Transfer> MpiControl::start_send_bytes(const void* data, std::size_t bytes, int peer) {
+    auto transfer =
+        std::make_unique<MpiTransfer>(*this, MpiTransfer::Direction::send,
+                                      fmt::format("{} bytes to reach rank {} of {}", bytes, peer, size_));
+    for (std::size_t begin = 0; begin < bytes; begin += max_message_) {
+        const std::size_t piece = std::min(max_message_, bytes - begin);
+        check(MPI_Isend(static_cast<const char*>(data) + begin, static_cast<int>(piece), MPI_BYTE, peer,
+                        kTransferTag, world_, transfer->add()),
+              "MPI_Isend");
+    }
+    return transfer;
+}
+
+std::unique_ptr<Transfer> MpiControl::start_receive_bytes(void* data, std::size_t bytes, int peer) {
+    auto transfer =
+        std::make_unique<MpiTransfer>(*this, MpiTransfer::Direction::receive,
+                                      fmt::format("{} bytes from rank {} of {}", bytes, peer, size_));
+    for (std::size_t begin = 0; begin < bytes; begin += max_message_) {
+        const std::size_t piece = std::min(max_message_, bytes - begin);
+        check(MPI_Irecv(static_cast<char*>(data) + begin, static_cast<int>(piece), MPI_BYTE, peer,
+                        kTransferTag, world_, transfer->add()),
+              "MPI_Irecv");
+    }
+    return transfer;
+}
+
+bool MpiControl::post(const std::string& text, int peer) {
+    Posted& last = posted_[static_cast<std::size_t>(peer)];
+    int left = 1;
+    check(MPI_Test(&last.request, &left, MPI_STATUS_IGNORE), "posting a message");
+    if (left == 0) return false;
+    last.text = text;
+    check(MPI_Isend(last.text.data(), static_cast<int>(last.text.size()), MPI_BYTE, peer, kTransferTag, mail_,
+                    &last.request),
+          "posting a message");
+    ++posts_[static_cast<std::size_t>(peer)];
+    return true;
+}
+
+std::optional<Mail> MpiControl::next_mail() {
+    int found = 0;
+    MPI_Message message = MPI_MESSAGE_NULL;
+    MPI_Status status;
+    check(MPI_Improbe(MPI_ANY_SOURCE, kTransferTag, mail_, &found, &message, &status), "looking for mail");
+    if (found == 0) return std::nullopt;
+    int bytes = 0;
+    check(MPI_Get_count(&status, MPI_BYTE, &bytes), "MPI_Get_count");
+    Mail mail{status.MPI_SOURCE, std::string(static_cast<std::size_t>(bytes), '\0')};
+    check(MPI_Mrecv(mail.text.data(), bytes, MPI_BYTE, &message, MPI_STATUS_IGNORE), "taking mail");
+    ++taken_[static_cast<std::size_t>(mail.from)];
+    return mail;
+}
+
+void MpiControl::drop_mail() {
+    if (!has_mail()) return;
+    const std::string mine(reinterpret_cast<const char*>(posts_.data()), posts_.size() * sizeof(posts_[0]));
+    const std::vector<std::string> all = all_gather(mine);
+    std::int64_t missing = 0;
+    for (std::size_t peer = 0; peer < all.size(); ++peer) {
+        std::int64_t sent = 0;
+        std::memcpy(&sent, all[peer].data() + static_cast<std::size_t>(rank_) * sizeof sent, sizeof sent);
+        missing += sent - taken_[peer];
+    }
+    while (missing > 0) missing -= next_mail() ? 1 : 0;
+    for (Posted& last : posted_) wait(last.request, "mail to be taken", kShortWait);
+    barrier("all ranks to take their mail");
 }
 
 std::string MpiControl::broadcast(const std::string& message, int root) {
@@ -265,8 +461,8 @@ std::vector<double> MpiControl::all_sum(const std::vector<double>& values) {
     std::vector<double> addend(values.size());
     for (const std::string& other : all_gather(message)) {
         if (other.size() != bytes) {
-            throw InternalError("rank {} on {} sums {} values, another rank {}", rank_, host_, values.size(),
-                                other.size() / sizeof(double));
+            throw InternalError("rank {} on {} sums {} values, another rank {}", job_rank_, host_,
+                                values.size(), other.size() / sizeof(double));
         }
         if (bytes > 0) std::memcpy(addend.data(), other.data(), bytes);
         for (std::size_t i = 0; i < sum.size(); ++i) sum[i] += addend[i];
@@ -292,6 +488,11 @@ void MpiControl::abort(ExitCode code) {
 
 std::unique_ptr<Control> make_mpi_control(const MpiOptions& options) {
     return std::make_unique<MpiControl>(options);
+}
+
+double seconds_since_poll() {
+    const Clock::time_point poll{Clock::duration(last_poll.load())};
+    return duration<double>(Clock::now() - poll).count();
 }
 
 std::string mpi_library() {

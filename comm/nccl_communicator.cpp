@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <chrono>
 #include <cstring>
+#include <functional>
 #include <set>
 #include <string>
 #include <thread>
@@ -29,8 +30,15 @@ public:
     void broadcast(TensorView tensor, int root) override;
     void all_sum(TensorView sum) override;
     void all_gather_rows(TensorView tensor, std::span<const RowRange> ranges) override;
+    void sum_to(TensorView sum, int root) override;
+    std::unique_ptr<Transfer> start_send(ConstTensorView tensor, int peer) override;
+    std::unique_ptr<Transfer> start_receive(TensorView tensor, int peer) override;
 
 private:
+    class OwnTransfer;
+
+    std::unique_ptr<Transfer> begin_transfer(const std::string& what,
+                                             const std::function<ncclResult_t()>& call);
     template <class Done>
     void poll(const std::string& what, const Done& done);
     void settle(ncclResult_t status, const std::string& what);
@@ -41,6 +49,7 @@ private:
     CudaBackend& backend_;
     ncclComm_t communicator_ = nullptr;
     cudaEvent_t event_ = nullptr;
+    cudaStream_t transfers_ = nullptr;  // sends and receives, beside the backend's computation
     double timeout_ = wait_timeout();
 };
 
@@ -62,6 +71,7 @@ ncclUniqueId shared_id(Control& control) {
 NcclCommunicator::NcclCommunicator(Control& control, CudaBackend& backend)
     : control_(control), backend_(backend) {
     cuda::check(cudaEventCreateWithFlags(&event_, cudaEventDisableTiming), "cudaEventCreateWithFlags");
+    cuda::check(cudaStreamCreateWithFlags(&transfers_, cudaStreamNonBlocking), "cudaStreamCreateWithFlags");
     const ncclUniqueId id = shared_id(control);
     ncclConfig_t config = NCCL_CONFIG_INITIALIZER;
     config.blocking = 0;
@@ -73,6 +83,7 @@ NcclCommunicator::~NcclCommunicator() {
     // Aborting needs no peers: after an error they may never come.
     if (communicator_ != nullptr) ncclCommAbort(communicator_);
     cudaEventDestroy(event_);
+    cudaStreamDestroy(transfers_);
 }
 
 void NcclCommunicator::fail(const std::string& what, const std::string& why) {
@@ -154,11 +165,67 @@ void NcclCommunicator::all_gather_rows(TensorView tensor, std::span<const RowRan
     finish(what);
 }
 
+void NcclCommunicator::sum_to(TensorView sum, int root) {
+    require_integers(sum);
+    if (sum.empty()) return;
+    const auto count = static_cast<std::size_t>(sum.shape().count());
+    const std::string what = fmt::format("a sum of {} numbers on rank {}", count, root);
+    settle(ncclReduce(sum.bytes(), sum.bytes(), count, ncclInt64, ncclSum, root, communicator_,
+                      backend_.stream()),
+           what);
+    finish(what);
+}
+
+class NcclCommunicator::OwnTransfer final : public Transfer {
+public:
+    OwnTransfer(NcclCommunicator& owner, std::string what) : owner_(owner), what_(std::move(what)) {
+        cuda::check(cudaEventCreateWithFlags(&event_, cudaEventDisableTiming), "cudaEventCreateWithFlags");
+    }
+    ~OwnTransfer() override { cudaEventDestroy(event_); }
+
+    void begin() { cuda::check(cudaEventRecord(event_, owner_.transfers_), "cudaEventRecord"); }
+    bool done() override {
+        const cudaError_t status = cudaEventQuery(event_);
+        if (status != cudaErrorNotReady) cuda::check(status, "cudaEventQuery");
+        return status == cudaSuccess;
+    }
+    void wait() override {
+        owner_.poll(what_, [this] { return done(); });
+    }
+
+private:
+    NcclCommunicator& owner_;
+    std::string what_;
+    cudaEvent_t event_ = nullptr;
+};
+
+// What the backend has been asked so far comes before the transfer.
+std::unique_ptr<Transfer> NcclCommunicator::begin_transfer(const std::string& what,
+                                                           const std::function<ncclResult_t()>& call) {
+    cuda::check(cudaEventRecord(event_, backend_.stream()), "cudaEventRecord");
+    cuda::check(cudaStreamWaitEvent(transfers_, event_), "cudaStreamWaitEvent");
+    auto transfer = std::make_unique<OwnTransfer>(*this, what);
+    settle(call(), what);
+    transfer->begin();
+    return transfer;
+}
+
+std::unique_ptr<Transfer> NcclCommunicator::start_send(ConstTensorView tensor, int peer) {
+    return begin_transfer(fmt::format("{} bytes to reach rank {}", tensor.size_bytes(), peer), [&] {
+        return ncclSend(tensor.bytes(), tensor.size_bytes(), ncclUint8, peer, communicator_, transfers_);
+    });
+}
+
+std::unique_ptr<Transfer> NcclCommunicator::start_receive(TensorView tensor, int peer) {
+    return begin_transfer(fmt::format("{} bytes from rank {}", tensor.size_bytes(), peer), [&] {
+        return ncclRecv(tensor.bytes(), tensor.size_bytes(), ncclUint8, peer, communicator_, transfers_);
+    });
+}
+
 }  // namespace
 
 bool each_rank_has_its_gpu(Control& control, const Backend& backend) {
-    const auto& cuda = dynamic_cast<const CudaBackend&>(backend);
-    const auto devices = control.all_gather(cuda.unique_device());
+    const auto devices = control.all_gather(backend.unique_device());
     return std::set<std::string>(devices.begin(), devices.end()).size() == devices.size();
 }
 

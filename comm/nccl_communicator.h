@@ -6,7 +6,7 @@
 
 namespace quantmill {
 
-// Whether NCCL can serve these ranks: it refuses two on one GPU. Collective; the backend is a CudaBackend.
+// Whether NCCL can serve these ranks: it refuses two on one GPU. Collective.
 bool each_rank_has_its_gpu(Control& control, const Backend& backend);
 
 // Tensors over NCCL on the backend's stream. Every operation is waited for: NCCL's asynchronous errors and

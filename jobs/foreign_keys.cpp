@@ -82,8 +82,7 @@ constexpr ForeignKey foreign_keys[] = {
 };
 
 // Keys and sections that later versions bring; a section stands for all that is below it.
-constexpr std::string_view later_keys[] = {"outputs",
-                                           "run",
+constexpr std::string_view later_keys[] = {"run",
                                            "slurm",
                                            "base",
                                            "models",
@@ -93,9 +92,6 @@ constexpr std::string_view later_keys[] = {"outputs",
                                            "begin",
                                            "schedule",
                                            "watch_dir",
-                                           "calibration.save_hessians",
-                                           "calibration.hessians",
-                                           "quantization.propagate",
                                            "quantization.preset",
                                            "quantization.act_group_aware",
                                            "quantization.static_groups",
@@ -108,9 +104,7 @@ constexpr std::string_view later_keys[] = {"outputs",
                                            "quantization.lm_head",
                                            "quantization.overrides",
                                            "quantization.target_bits",
-                                           "quantization.on_fallback",
-                                           "compute.layer_groups",
-                                           "compute.stall_timeout"};
+                                           "quantization.on_fallback"};
 
 std::string_view last_word(std::string_view path) { return path.substr(path.rfind('.') + 1); }
 

@@ -86,6 +86,17 @@ Kind<std::filesystem::path> path_kind() {
     return {"path", read, [](const std::filesystem::path& path) { return path.string(); }};
 }
 
+// A path that need not be there: none is what stands for the empty one.
+Kind<std::filesystem::path> optional_path_kind() {
+    Kind<std::filesystem::path> kind = path_kind();
+    kind.write = [](const std::filesystem::path& path) { return path.empty() ? "none" : path.string(); };
+    kind.read = [read = kind.read](const Value& value) {
+        return value.text == "none" && !value.quoted ? std::filesystem::path() : read(value);
+    };
+    kind.values = "path | none";
+    return kind;
+}
+
 Kind<std::string> word_kind(std::vector<std::string> words) {
     const auto read = [words](const Value& value) {
         if (std::ranges::find(words, value.text) == words.end()) value.refuse("is not allowed");
@@ -197,6 +208,35 @@ Kind<std::optional<std::uint64_t>> size_or_kind(const std::string& word) {
     return {fmt::format("{} | {}", size_kind().values, word), read, write};
 }
 
+struct TimeUnit {
+    std::string_view name;
+    double seconds;
+};
+constexpr TimeUnit time_units[] = {{"h", 3600.0}, {"min", 60.0}, {"s", 1.0}};
+
+double read_duration(const Value& value) {
+    const char* end = value.text.data() + value.text.size();
+    double number = 0.0;
+    const auto [rest, error] = std::from_chars(value.text.data(), end, number, std::chars_format::fixed);
+    const auto unit = std::ranges::find(time_units, std::string_view(rest, end), &TimeUnit::name);
+    if (error != std::errc{} || unit == std::end(time_units) || !std::isfinite(number))
+        value.refuse("is not a duration");
+    const double seconds = number * unit->seconds;
+    if (seconds < 1.0 || seconds > 7 * 24 * 3600.0) value.refuse("is not allowed");
+    return seconds;
+}
+
+std::string write_duration(double seconds) {
+    const auto unit = std::ranges::find_if(
+        time_units, [seconds](const TimeUnit& u) { return std::fmod(seconds, u.seconds) == 0.0; });
+    if (unit == std::end(time_units)) return fmt::format("{}s", seconds);
+    return fmt::format("{}{}", seconds / unit->seconds, unit->name);
+}
+
+Kind<double> duration_kind() {
+    return {"duration such as 90s, 10min, 2h; 1s to 168h", read_duration, write_duration};
+}
+
 struct Row {
     JobKey key;
     std::function<void(JobSpec&, const Value&)> read;
@@ -245,6 +285,11 @@ std::vector<Row> calibration_rows() {
             [](auto& s) -> auto& { return s.calibration.sequence_length; }),
         row("calibration.allow_tokenizer_mismatch", bool_kind(), "accept a store made with another tokenizer",
             [](auto& s) -> auto& { return s.calibration.allow_tokenizer_mismatch; }),
+        row("calibration.save_hessians", optional_path_kind(), "keep the Hessians in this directory",
+            [](auto& s) -> auto& { return s.calibration.save_hessians; }),
+        row("calibration.hessians", optional_path_kind(),
+            "take the Hessians from this directory instead of running the model",
+            [](auto& s) -> auto& { return s.calibration.hessians; }),
     };
 }
 
@@ -268,6 +313,9 @@ std::vector<Row> quantization_rows() {
         row("quantization.true_sequential", bool_kind(),
             "later linears of a block see the error of earlier ones",
             [](auto& s) -> auto& { return s.quantization.true_sequential; }),
+        row("quantization.propagate", word_kind({"quantized", "original"}),
+            "what feeds a block's Hessians: the quantized blocks before it, or the original ones",
+            [](auto& s) -> auto& { return s.quantization.propagate; }),
     };
 }
 
@@ -279,14 +327,33 @@ std::vector<Row> compute_rows() {
             [](auto& s) -> auto& { return s.compute.communicator; }),
         row("compute.device_memory", size_or_kind("free"), "most memory that a rank may take of its GPU",
             [](auto& s) -> auto& { return s.compute.device_memory; }),
+        row("compute.layer_groups", count_or_kind("auto"), "groups that the ranks form",
+            [](auto& s) -> auto& { return s.compute.layer_groups; }),
+        row("compute.stall_timeout", duration_kind(),
+            "a rank that gives no sign of life for so long ends the job",
+            [](auto& s) -> auto& { return s.compute.stall_timeout; }),
     };
+}
+
+constexpr std::string_view outputs_key = "outputs";
+
+// A list, which FileReader reads; here for help, manual and spelling.
+std::vector<Row> list_rows() {
+    const auto refuse = [](JobSpec&, const Value& value) {
+        if (value.text != "none") value.refuse("is not allowed: a list is written in the job file");
+    };
+    return {{{std::string(outputs_key), "list of {directory, …, quantization}", "none",
+              "several checkpoints instead of output, each with changes to quantization"},
+             refuse,
+             [](const JobSpec&) { return std::string("none"); }}};
 }
 
 // Every key, in the order in which help and YAML show them.
 const std::vector<Row>& rows() {
     static const std::vector<Row> table = [] {
         std::vector<Row> all;
-        for (const auto& part : {output_rows(), calibration_rows(), quantization_rows(), compute_rows()})
+        for (const auto& part :
+             {output_rows(), list_rows(), calibration_rows(), quantization_rows(), compute_rows()})
             all.insert(all.end(), part.begin(), part.end());
         return all;
     }();
@@ -387,6 +454,20 @@ YAML::Node load_single_document(const std::string& text) {
     return YAML::Load(text);
 }
 
+using Places = std::map<std::string, std::string>;
+
+// What bits, format and symmetry must be to each other.
+void require_grid(const JobSpec& spec, const Places& places) {
+    if (spec.quantization.sym || spec.output.format != "gptq") return;
+    const auto place =
+        places.contains("quantization.sym") ? places.find("quantization.sym") : places.find("output.format");
+    throw BadInput(
+        "{}quantization.sym: false needs output.format: gptq_v2 (gptq stores zero points "
+        "minus one, and an asymmetric zero point of 0 then garbles its neighbours in some "
+        "readers)",
+        place == places.end() ? "outputs: " : place->second + ": ");
+}
+
 // Walks one job file: fills `spec`, remembers where each key stands.
 class FileReader {
 public:
@@ -403,7 +484,37 @@ public:
 
     const std::map<std::string, std::string>& places() const { return places_; }
 
+    // The items of `outputs`, each of which starts from the job as it is by now.
+    void read_outputs() {
+        if (!outputs_.IsDefined()) return;
+        if (!outputs_.IsSequence() || outputs_.size() == 0)
+            throw BadInput("{}: outputs: must be a list, each item beginning with - directory: PATH",
+                           places_.at(std::string(outputs_key)));
+        const JobSpec base = spec_;
+        for (const auto& item : outputs_) spec_.outputs.push_back(read_variant(base, item));
+    }
+
 private:
+    OutputVariant read_variant(JobSpec job, const YAML::Node& item) const {
+        if (!item.IsMap())
+            throw BadInput("{}: outputs: an item must hold keys: directory, {}, quantization", where(item),
+                           list_text(names_in("output")));
+        FileReader reader(job, file_);
+        for (const auto& entry : item) {
+            if (!entry.first.IsScalar()) throw BadInput("{}: a key must be a plain word", where(entry.first));
+            const std::string& name = entry.first.Scalar();
+            const auto path = name == "quantization" ? name : "output." + name;
+            reader.read_named(path, entry.second, where(entry.first));
+        }
+        if (!reader.places_.contains("output.directory"))
+            throw BadInput("{}: outputs: an item has no directory", where(item));
+        if (const auto place = reader.places_.find("quantization.propagate"); place != reader.places_.end())
+            throw BadInput("{}: quantization.propagate: is one for the whole job: move it out of outputs",
+                           place->second);
+        require_grid(job, reader.places_);
+        return {job.output, job.quantization};
+    }
+
     YAML::Node parse(const std::string& text) const try {
         return load_single_document(text);
     } catch (const YAML::Exception& error) {
@@ -427,11 +538,14 @@ private:
                     "{}: {}: only --set joins names with dots; in a file write {}: and, below it "
                     "and indented, the rest",
                     place, path, path.substr(0, path.find('.')));
-            if (const auto [first, is_new] = places_.emplace(path, place); !is_new)
-                throw BadInput("{}: {}: is here a second time; the first is at {}", place, path,
-                               first->second);
-            read_entry(entry.second, path, place);
+            read_named(path, entry.second, place);
         }
+    }
+
+    void read_named(const std::string& path, const YAML::Node& node, const std::string& place) {
+        if (const auto [first, is_new] = places_.emplace(path, place); !is_new)
+            throw BadInput("{}: {}: is here a second time; the first is at {}", place, path, first->second);
+        read_entry(node, path, place);
     }
 
     void read_entry(const YAML::Node& node, const std::string& path, const std::string& place) {
@@ -440,6 +554,10 @@ private:
             if (!node.IsMap())
                 throw BadInput("{}: {}: must hold keys below it: {}", place, path, list_text(names_in(path)));
             return read_section(node, path);
+        }
+        if (path == outputs_key && !node.IsScalar()) {
+            outputs_.reset(node);
+            return;
         }
         const Row* row = find_row(path);
         if (row == nullptr) refuse_unknown(place, path);
@@ -455,6 +573,7 @@ private:
     JobSpec& spec_;
     const std::filesystem::path& file_;
     std::map<std::string, std::string> places_;  // key or section → "job.yaml:12"
+    YAML::Node outputs_{YAML::NodeType::Undefined};
 };
 
 // Applies "quantization.bits=3" and returns its key.
@@ -474,32 +593,52 @@ std::string apply_override(const std::string& text, JobSpec& spec, const std::fi
     return path;
 }
 
-using Places = std::map<std::string, std::string>;
-
-void require_keys(const Places& places, const std::filesystem::path& file) {
+// `listed`: the output directories are in the list of outputs.
+void require_keys(const Places& places, bool listed, const std::filesystem::path& file) {
     std::vector<std::string> missing;
     for (const auto& row : rows())
-        if (row.key.default_value == "required" && !places.contains(row.key.path))
+        if (row.key.default_value == "required" && !places.contains(row.key.path) &&
+            !(listed && row.key.path == "output.directory"))
             missing.push_back(row.key.path);
     if (!missing.empty())
         throw BadInput("{}: {} {} missing; a job needs at least\n\n{}", file.string(), list_text(missing),
                        missing.size() == 1 ? "is" : "are", minimal_job);
 }
 
+// What shares the Hessians of the unquantized model.
+void require_original(const JobSpec& spec, const Places& places) {
+    const auto require = [&](bool wanted, const std::string& key) {
+        if (!wanted || spec.quantization.propagate == "original") return;
+        throw BadInput(
+            "{}: {}: needs quantization.propagate: original, with which Hessians do not depend on how "
+            "blocks are quantized",
+            places.at(key), key);
+    };
+    require(spec.outputs.size() > 1, "outputs");
+    require(!spec.calibration.save_hessians.empty(), "calibration.save_hessians");
+    require(!spec.calibration.hessians.empty(), "calibration.hessians");
+    if (!spec.calibration.save_hessians.empty() && !spec.calibration.hessians.empty())
+        throw BadInput("{}: calibration.save_hessians: would only copy what calibration.hessians holds",
+                       places.at("calibration.save_hessians"));
+}
+
 // What no key can refuse by itself.
 void require_consistent(const JobSpec& spec, const Places& places) {
-    if (!spec.quantization.sym && spec.output.format == "gptq")
-        throw BadInput(
-            "{}: quantization.sym: false needs output.format: gptq_v2 (gptq stores zero points "
-            "minus one, and an asymmetric zero point of 0 then garbles its neighbours in some "
-            "readers)",
-            places.at("quantization.sym"));
+    if (spec.outputs.empty()) require_grid(spec, places);
     if (spec.compute.backend == "cpu" && spec.compute.communicator == "nccl")
         throw BadInput("{}: compute.communicator: nccl needs GPUs, but compute.backend is cpu (auto | mpi)",
                        places.at("compute.communicator"));
     if (spec.compute.backend == "cpu" && spec.compute.device_memory)
         throw BadInput("{}: compute.device_memory is for GPUs, but compute.backend is cpu",
                        places.at("compute.device_memory"));
+    require_original(spec, places);
+    for (std::size_t i = 0; i < spec.outputs.size(); ++i) {
+        for (std::size_t j = 0; j < i; ++j) {
+            if (spec.outputs[i].output.directory == spec.outputs[j].output.directory)
+                throw BadInput("{}: outputs: {} is there twice", places.at("outputs"),
+                               spec.outputs[i].output.directory.string());
+        }
+    }
 }
 
 std::string read_file(const std::filesystem::path& file) {
@@ -522,7 +661,15 @@ JobSpec parse_job_spec(const std::string& text, const std::filesystem::path& fil
     auto places = reader.places();
     for (const auto& override : overrides)
         places[apply_override(override, spec, file.parent_path())] = "--set " + override;
-    require_keys(places, file);
+    reader.read_outputs();
+    require_keys(places, !spec.outputs.empty(), file);
+    if (!spec.outputs.empty()) {
+        const auto output = places.lower_bound("output");
+        if (output->first != outputs_key)
+            throw BadInput("{}: outputs: takes the place of {}, which is at {}: move it into the items",
+                           places.at(std::string(outputs_key)), output->first, output->second);
+        spec.output = spec.outputs.front().output;
+    }
     require_consistent(spec, places);
     return spec;
 }
@@ -531,14 +678,54 @@ JobSpec load_job_spec(const std::filesystem::path& file, const std::vector<std::
     return parse_job_spec(read_file(file), file, overrides);
 }
 
+namespace {
+
+// Puts a key of `spec` below `root`; `path`: its name there.
+void put(YAML::Node root, const std::string& path, const Row& row, const JobSpec& spec) {
+    YAML::Node section = root;
+    std::istringstream parents(parent_of(path));
+    for (std::string name; std::getline(parents, name, '.');) section.reset(section[name]);
+    section[name_of(path)] = row.write(spec);
+}
+
+YAML::Node outputs_node(const JobSpec& spec) {
+    YAML::Node list(YAML::NodeType::Sequence);
+    for (const JobSpec& job : single_jobs(spec)) {
+        YAML::Node item(YAML::NodeType::Map);
+        for (const auto& row : rows()) {
+            const std::string& path = row.key.path;
+            if (path.starts_with("output.")) put(item, path.substr(path.find('.') + 1), row, job);
+            if (path.starts_with("quantization.") && row.write(job) != row.write(spec))
+                put(item, path, row, job);
+        }
+        list.push_back(item);
+    }
+    return list;
+}
+
+}  // namespace
+
+std::vector<JobSpec> single_jobs(const JobSpec& spec) {
+    if (spec.outputs.empty()) return {spec};
+    std::vector<JobSpec> jobs;
+    for (const OutputVariant& variant : spec.outputs) {
+        JobSpec& job = jobs.emplace_back(spec);
+        job.outputs.clear();
+        job.output = variant.output;
+        job.quantization = variant.quantization;
+    }
+    return jobs;
+}
+
 std::string to_yaml(const JobSpec& spec) {
     YAML::Node root(YAML::NodeType::Map);
     for (const auto& row : rows()) {
-        YAML::Node section = root;
-        std::istringstream path(parent_of(row.key.path));
-        for (std::string name; std::getline(path, name, '.');) section.reset(section[name]);
-        section[name_of(row.key.path)] = row.write(spec);
+        const std::string& path = row.key.path;
+        const bool replaced = path == outputs_key || path.starts_with("output.");
+        if (replaced && !spec.outputs.empty()) continue;
+        put(root, path, row, spec);
     }
+    if (!spec.outputs.empty()) root[std::string(outputs_key)] = outputs_node(spec);
     YAML::Emitter emitter;
     emitter << root;
     return std::string(emitter.c_str()) + '\n';

@@ -23,6 +23,8 @@ struct CalibrationSpec {
     std::optional<std::int64_t> sequences;
     std::optional<std::int64_t> sequence_length;
     bool allow_tokenizer_mismatch = false;
+    std::filesystem::path save_hessians;  // empty: not saved
+    std::filesystem::path hessians;       // empty: from the model
 };
 
 struct QuantizationSpec {
@@ -33,12 +35,21 @@ struct QuantizationSpec {
     double damp_percent = 0.05;
     double damp_auto_increment = 0.01;
     bool true_sequential = true;
+    std::string propagate = "quantized";  // quantized | original
 };
 
 struct ComputeSpec {
     std::string backend = "auto";                // auto | cpu | cuda
     std::string communicator = "auto";           // auto | nccl | mpi
     std::optional<std::uint64_t> device_memory;  // bytes of a GPU; absent: what is free
+    std::optional<std::int64_t> layer_groups;    // none: the plan chooses
+    double stall_timeout = 600.0;                // seconds
+};
+
+// One of several checkpoints that a job writes: its place, and the job's quantization with its changes.
+struct OutputVariant {
+    OutputSpec output;
+    QuantizationSpec quantization;
 };
 
 struct JobSpec {
@@ -47,7 +58,11 @@ struct JobSpec {
     CalibrationSpec calibration;
     QuantizationSpec quantization;
     ComputeSpec compute;
+    std::vector<OutputVariant> outputs;  // instead of `output`; empty: that one
 };
+
+// The jobs that would each write one of the checkpoints of `spec`, which they write byte for byte alike.
+std::vector<JobSpec> single_jobs(const JobSpec& spec);
 
 // Reads a YAML job file and applies overrides of the form "quantization.bits=3" in order. Throws BadInput
 // with file:line, key, allowed values and the nearest known key for unknown or duplicate keys, wrong types

@@ -193,6 +193,49 @@ void add_time(std::string& text, const std::optional<PlannedTime>& time) {
                            seconds_text(time->factor), seconds_text(time->solve), seconds_text(time->io))});
 }
 
+// A row a group; groups that do alike share one.
+void add_timeline(std::string& text, const PlannedLayers& layers) {
+    std::vector<std::vector<std::string>> rows = {
+        {"group", "ranks", "blocks", "stream from", "to", "solved", "written", "idle"}};
+    constexpr std::size_t kShown = 10;
+    for (std::size_t g = 0; g < layers.groups.size(); ++g) {
+        if (layers.groups.size() > kShown && g == kShown - 1) {
+            rows.push_back({"…"});
+            g = layers.groups.size() - 1;
+        }
+        const PlannedLayerGroup& group = layers.groups[g];
+        rows.push_back({std::to_string(g), spans_text(group.ranks), list_text(group.blocks),
+                        seconds_text(group.begins), seconds_text(group.streamed), seconds_text(group.solved),
+                        seconds_text(group.written), seconds_text(group.idle_seconds)});
+    }
+    text += "\nTimeline, in the last sweep\n" + table_text(rows, "rllrrrrr", 2);
+}
+
+void add_layers(std::string& text, const PlannedLayers& layers, bool timed) {
+    if (layers.groups.empty()) return;
+    const auto count = layers.groups.size();
+    std::vector<std::string> lines;
+    if (layers.propagate == "original") {
+        lines.push_back(fmt::format("{} group{} of ranks hold{} ranges of blocks, {} sweep{} of the stream",
+                                    count, count == 1 ? "" : "s", count == 1 ? "s" : "", layers.sweeps,
+                                    layers.sweeps == 1 ? "" : "s"));
+        lines.push_back(fmt::format("groups idle {:.1f}% of the stream while it fills and drains",
+                                    100.0 * layers.bubble));
+    } else {
+        lines.push_back(fmt::format("all ranks work on the same block; {} group{} of them share{} rows",
+                                    count, count == 1 ? "" : "s", count == 1 ? "s" : ""));
+    }
+    if (timed) {
+        lines.push_back(fmt::format("{:.1f} times as fast as one rank ({} against {}){}{}",
+                                    layers.alone_seconds / layers.seconds, seconds_text(layers.seconds),
+                                    seconds_text(layers.alone_seconds), layers.bound.empty() ? "" : "; ",
+                                    layers.bound));
+    }
+    text += '\n';
+    add_lines(text, "Groups", lines);
+    if (timed && layers.propagate == "original") add_timeline(text, layers);
+}
+
 void add_list(std::string& text, const std::string& title, const std::vector<std::string>& items) {
     if (items.empty()) return;
     text += '\n' + title + '\n';
@@ -220,6 +263,7 @@ std::string to_text(const Plan& plan) {
     add_memory(text, plan.ranks);
     add_files(text, plan.files);
     add_time(text, plan.time);
+    add_layers(text, plan.layers, plan.time.has_value());
     add_list(text, "Warnings", plan.warnings);
     add_list(text, "This job cannot run", plan.problems);
     if (plan.problems.empty()) text += "\nNothing stands in the way: start it with quantmill run.\n";

@@ -67,6 +67,26 @@ struct PlannedRank {
     std::uint64_t host_memory = 0, free_host_memory = 0;
 };
 
+// Ranks that hold the same blocks, or with propagate: quantized solve the same rows. Times are seconds from
+// the start of the job, and what the group spends in all.
+struct PlannedLayerGroup {
+    std::vector<std::int64_t> ranks;
+    std::vector<std::string> blocks;                                   // a sweep: "0-14"
+    double begins = 0.0, streamed = 0.0, solved = 0.0, written = 0.0;  // in the last sweep
+    double stream_seconds = 0.0, reduce_seconds = 0.0, solve_seconds = 0.0, idle_seconds = 0.0;
+};
+
+// How the ranks divide the work, and what that gains.
+struct PlannedLayers {
+    std::string propagate;  // "quantized" | "original"
+    std::vector<PlannedLayerGroup> groups;
+    std::int64_t sweeps = 1;
+    double bubble = 0.0;         // share of the stream's time in which groups idle
+    double seconds = 0.0;        // predicted, of all ranks
+    double alone_seconds = 0.0;  // of one rank
+    std::string bound;           // what keeps the speed-up below the number of ranks
+};
+
 struct PlannedFile {
     std::string name;  // model-00001-of-00008.safetensors
     std::uint64_t bytes = 0;
@@ -89,7 +109,8 @@ struct Plan {
     std::vector<PlannedFile> files;
     std::uint64_t disk_needed = 0, disk_free = 0;
     std::vector<PlannedRank> ranks;
-    std::optional<PlannedTime> time;    // none with --no-measure
+    std::optional<PlannedTime> time;  // none with --no-measure
+    PlannedLayers layers;
     std::vector<std::string> warnings;  // the job runs, but think
     std::vector<std::string> problems;  // the job is refused
 };

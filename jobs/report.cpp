@@ -141,6 +141,40 @@ std::string names_with(const std::vector<LinearReport>& linears, const std::stri
     return list_text(names);
 }
 
+ordered_json layers_json(const LayersReport& layers) {
+    return {{"propagate", layers.propagate},
+            {"groups", layers.groups},
+            {"sweeps", layers.sweeps},
+            {"bubble", layers.bubble},
+            {"stream_seconds", layers.stream_seconds},
+            {"solve_seconds", layers.solve_seconds},
+            {"waited_seconds", layers.waited_seconds},
+            {"bytes_between_ranks",
+             {{"broadcast", layers.broadcast_bytes},
+              {"sum", layers.sum_bytes},
+              {"gather", layers.gather_bytes},
+              {"stream", layers.stream_bytes},
+              {"delivery", layers.delivery_bytes}}}};
+}
+
+// Nothing of a single rank.
+std::string layers_line(const Report& report) {
+    const LayersReport& layers = report.layers;
+    if (report.world_size == 1) return "";
+    std::string text = fmt::format("{} rank{} in {} group{}, propagate: {}", report.world_size,
+                                   report.world_size == 1 ? "" : "s", layers.groups,
+                                   layers.groups == 1 ? "" : "s", layers.propagate);
+    if (layers.propagate == "original") {
+        text += fmt::format("; stream {} ({} sweep{}, bubble {:.1f}%, waited {}), solving {}",
+                            seconds_text(layers.stream_seconds), layers.sweeps, layers.sweeps == 1 ? "" : "s",
+                            100.0 * layers.bubble, seconds_text(layers.waited_seconds),
+                            seconds_text(layers.solve_seconds));
+    }
+    const std::uint64_t bytes = layers.broadcast_bytes + layers.sum_bytes + layers.gather_bytes +
+                                layers.stream_bytes + layers.delivery_bytes;
+    return fmt::format("{}; {} between ranks\n", text, bytes_text(bytes));
+}
+
 std::string fallback_lines(const Report& report) {
     const auto totals = count_fallbacks(report);
     std::string text;
@@ -231,6 +265,7 @@ std::string to_json(const Report& report) {
                            {"rounded_to_nearest", fallbacks.rounded_to_nearest},
                            {"largest_damp_percent", fallbacks.largest_damp_percent},
                            {"dead_columns", fallbacks.dead_columns}}},
+                         {"layers", layers_json(report.layers)},
                          {"warnings", report.warnings},
                          {"job", report.job_yaml}};
     json["linears"] = ordered_json::array();
@@ -249,6 +284,7 @@ std::string summary_table(const Report& report) {
         fmt::format("forward {}, Hessians {}, factors {}, solving {}, reading and writing {}; {} in all\n",
                     seconds_text(stages.forward), seconds_text(stages.hessian), seconds_text(stages.factor),
                     seconds_text(stages.solve), seconds_text(stages.io), seconds_text(report.seconds));
+    text += layers_line(report);
     text += fallback_lines(report);
     text += fmt::format("size {} of {} ({:.1f}%), {:.2f} bits a quantized weight\n",
                         bytes_text(report.output_bytes), bytes_text(report.source_bytes),

@@ -68,6 +68,8 @@ public:
     virtual std::size_t free_memory() const = 0;
     virtual std::size_t peak_memory() const = 0;  // the most bytes that were taken at a time so far
     virtual bool host_memory() const = 0;         // whether the host may dereference views
+    // The same for all processes that use this device, and for no other device; empty on the host.
+    virtual std::string unique_device() const { return {}; }
     // Tokens that one call of the forward operations should get, enough to keep the device busy. A numerical
     // shape, so it depends on the kind of backend only.
     virtual std::int64_t micro_batch_tokens() const = 0;

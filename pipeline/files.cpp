@@ -1,7 +1,6 @@
 #include "pipeline/files.h"
 
 #include <fcntl.h>
-#include <openssl/evp.h>
 #include <sys/stat.h>
 #include <sys/statvfs.h>
 #include <unistd.h>
@@ -15,6 +14,7 @@
 #include <vector>
 
 #include "kernels/error.h"
+#include "pipeline/sha256.h"
 
 namespace quantmill {
 namespace {
@@ -243,29 +243,30 @@ std::uint64_t free_disk(const fs::path& path) {
     return *bytes;
 }
 
+void publish_file(const fs::path& partial, const fs::path& path) {
+    const int descriptor = open_retrying(partial, O_RDONLY);
+    if (descriptor < 0) throw_write_error(partial, "open", errno);
+    const int status = fsync_retrying(descriptor);
+    const int error = errno;
+    ::close(descriptor);
+    if (status != 0) throw_write_error(partial, "sync", error);
+    if (::rename(partial.c_str(), path.c_str()) != 0) {
+        throw_write_error(path, "rename the partial file to", errno);
+    }
+    sync_directory(directory_of(path));
+}
+
 std::string sha256_of_file(const fs::path& path) {
     const InputFile file(path);
-    const std::unique_ptr<EVP_MD_CTX, decltype(&EVP_MD_CTX_free)> context(EVP_MD_CTX_new(), &EVP_MD_CTX_free);
-    if (!context || EVP_DigestInit_ex(context.get(), EVP_sha256(), nullptr) != 1) {
-        throw InternalError("OpenSSL offers no SHA-256");
-    }
+    Sha256 sha;
     std::vector<unsigned char> buffer(std::size_t{1} << 20U);
     for (std::uint64_t offset = 0; offset < file.size();) {
         const std::size_t bytes = std::min<std::uint64_t>(buffer.size(), file.size() - offset);
         file.read(offset, buffer.data(), bytes);
-        if (EVP_DigestUpdate(context.get(), buffer.data(), bytes) != 1) {
-            throw InternalError("OpenSSL's SHA-256 failed on {}", path.string());
-        }
+        sha.add(buffer.data(), bytes);
         offset += bytes;
     }
-    unsigned char digest[EVP_MAX_MD_SIZE];
-    unsigned int length = 0;
-    if (EVP_DigestFinal_ex(context.get(), digest, &length) != 1) {
-        throw InternalError("OpenSSL's SHA-256 failed on {}", path.string());
-    }
-    std::string text;
-    for (unsigned int i = 0; i < length; ++i) text += fmt::format("{:02x}", digest[i]);
-    return text;
+    return sha.finish();
 }
 
 }  // namespace quantmill

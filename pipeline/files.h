@@ -57,6 +57,9 @@ private:
 
 void write_text(const std::filesystem::path& path, const std::string& text);
 
+// Gives a file that a library has written and closed as `partial` its name, synced as OutputFile does.
+void publish_file(const std::filesystem::path& partial, const std::filesystem::path& path);
+
 // Bytes that an unprivileged user may still write on the file system that holds `path` (or its
 // nearest existing parent).
 std::uint64_t free_disk(const std::filesystem::path& path);

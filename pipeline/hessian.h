@@ -1,5 +1,6 @@
 #pragma once
 
+#include <array>
 #include <cstdint>
 #include <span>
 #include <vector>
@@ -12,37 +13,58 @@ namespace quantmill {
 // in units of 2^−(e_i + e_j).
 using FixedPointExponents = std::vector<std::int32_t>;
 
-// Exponents from the diagonal of the job's first shard: 2^-34 of its magnitudes is resolved, and `headroom`
-// more bits than the 22 left are taken from the resolution when an earlier attempt overflowed.
-FixedPointExponents choose_exponents(std::span<const float> diagonal, int headroom);
+// Exponents from the diagonal of the job's first shard: 2^-36 of its magnitudes is resolved.
+FixedPointExponents choose_exponents(std::span<const float> diagonal);
 
 // Sums XᵀX of the shards that this rank owns. A shard is accumulated in fp32, in the fixed order of its
 // micro-batches, then added to an exact fixed-point sum: so the total over shards and ranks does not depend
-// on who computed which (docs/algorithm.md, "The same bytes").
+// on who computed which (docs/algorithm.md, "The same bytes"). A shard that is too loud for the exponents
+// goes into a sum of a higher level, which resolves less; its level depends on the shard alone.
 class HessianAccumulator {
 public:
+    static constexpr int kLevels = 4;
+
     HessianAccumulator(Backend& backend, std::int64_t columns, std::int64_t shards);
 
     std::int64_t columns() const { return columns_; }
     void add(ConstTensorView x);  // x [T, C], activation dtype: one micro-batch of the open shard
     // The diagonal of the open shard; every rank needs the first shard's to choose exponents.
     std::vector<float> open_diagonal();
-    // Adds the open shard to the sum and opens the next. Returns false when it does not fit; a matter of the
-    // shard and the exponents alone, so the same shard fails on any placement.
+    // Adds the open shard to the sum of its level and opens the next. Returns false when no level holds it:
+    // it is not finite, or 2^36 times as loud as the first shard.
     [[nodiscard]] bool close_shard(const FixedPointExponents& exponents);
-    TensorView sum() { return sum_; }  // i64 [C(C+1)/2]
+
+    // Bit l: level l has a sum. All ranks must have the same levels before they are summed over ranks.
+    unsigned levels() const;
+    void require_levels(unsigned levels);
+    // Calls visit(sum), sum i64 [C(C+1)/2], for each level from the lowest.
+    template <class Visit>
+    void for_each_sum(const Visit& visit) {
+        for (Tensor& sum : sums_) {
+            if (!sum.empty()) visit(sum.view());
+        }
+    }
+    // Adds the lower levels to the highest and turns `exponents` into those of what is left: sum().
+    void merge_levels(FixedPointExponents& exponents);
+    TensorView sum();  // of the only level
+
     // f32 [C, C], free for the factor once all shards are closed.
     TensorView workspace() { return open_; }
-    void restart();  // forgets everything
+
+    void release();  // frees all memory: another rank has the sum
+    void restart();  // begins anew, with sum() zero, also after release()
 
     static std::size_t bytes(std::int64_t columns);
 
 private:
+    // Makes the sum of a level exist.
+    Tensor& level(int index);
+
     Backend& backend_;
     std::int64_t columns_;
     double limit_;  // of a shard's diagonal in fixed point
     Tensor open_;   // f32 [C, C], lower triangle
-    Tensor sum_;
+    std::array<Tensor, kLevels> sums_;
 };
 
 }  // namespace quantmill

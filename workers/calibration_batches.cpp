@@ -132,6 +132,12 @@ std::size_t CalibrationBatches::bytes(const ModelGraph& graph, std::int64_t toke
     return static_cast<std::size_t>(tokens * width) * size_of(activation);
 }
 
+std::int64_t tokens_of_shards(std::span<const BatchShard> shards) {
+    std::int64_t tokens = 0;
+    for (const BatchShard& shard : shards) tokens += shard.tokens();
+    return tokens;
+}
+
 BatchLimits limits_of(std::span<const BatchShard> shards) {
     BatchLimits limits;
     for (const BatchShard& shard : shards) {

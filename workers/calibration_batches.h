@@ -103,6 +103,7 @@ struct BatchLimits {
     std::int64_t length = 0;
 };
 BatchLimits limits_of(std::span<const BatchShard> shards);
+std::int64_t tokens_of_shards(std::span<const BatchShard> shards);
 
 // The tokens of a micro-batch, one sequence after the other.
 std::vector<std::int32_t> tokens_of(const MicroBatch& batch,

@@ -73,12 +73,16 @@ ModelCard card_of(const PreparedJob& job, const Report& report) {
 }  // namespace
 
 CheckpointOutput::CheckpointOutput(const PreparedJob& job, Control& control, Backend& backend)
+    : CheckpointOutput(job, control, backend,
+                       output_shards_of_rank(job.layout.shards.size(), control.rank(), control.size())) {}
+
+CheckpointOutput::CheckpointOutput(const PreparedJob& job, Control& control, Backend& backend,
+                                   const std::vector<std::size_t>& owned)
     : job_(job),
       control_(control),
       backend_(backend),
       format_(gptq_format_from(job.spec.output.format)),
-      writer_(job.spec.output.directory, job.layout.shards,
-              output_shards_of_rank(job.layout.shards.size(), control.rank(), control.size())),
+      writer_(job.spec.output.directory, job.layout.shards, owned),
       lane_(backend.make_copy_lane()),
       writes_(kMostWaiting) {}
 
@@ -94,15 +98,38 @@ void CheckpointOutput::copy_tensor(const std::string& name) {
     });
 }
 
-void CheckpointOutput::write_bias(const std::string& name, const Tensor& bias) {
-    if (!writer_.owns(name)) return;
+EncodedTensor CheckpointOutput::encode_bias(const std::string& name, const Tensor& bias) const {
     Tensor half = backend_.empty(bias.shape(), DType::f16, name);
     backend_.convert(bias, half);
-    std::vector<std::byte> bytes(half.view().size_bytes());
-    backend_.copy_to_host(half, bytes.data());
-    writes_.submit(bytes.size(), [this, name, bytes = std::move(bytes)] {
-        writer_.write(name, bytes.data(), bytes.size());
+    EncodedTensor encoded{name, std::vector<std::byte>(half.view().size_bytes())};
+    backend_.copy_to_host(half, encoded.bytes.data());
+    return encoded;
+}
+
+void CheckpointOutput::write(EncodedTensor tensor) {
+    const std::size_t bytes = tensor.bytes.size();  // before the move
+    writes_.submit(bytes, [this, tensor = std::move(tensor)] {
+        writer_.write(tensor.name, tensor.bytes.data(), tensor.bytes.size());
     });
+}
+
+std::vector<EncodedTensor> CheckpointOutput::encode_group(int block, const LinearGroup& group,
+                                                          const QuantizedLinear& quantized,
+                                                          const std::vector<LinearWeights>& weights) const {
+    std::vector<EncodedTensor> all;
+    std::int64_t row = 0;
+    for (std::size_t l = 0; l < group.linears.size(); ++l) {
+        const Linear& linear = group.linears[l];
+        const std::string prefix = job_.graph.in_block(block, linear.name);
+        EncodedLinear(backend_, *lane_, quantized, row, row + linear.rows)
+            .write(prefix, format_, [&all](const std::string& name, const void* data, std::size_t bytes) {
+                const auto* first = static_cast<const std::byte*>(data);
+                all.push_back({name, {first, first + bytes}});
+            });
+        if (linear.bias) all.push_back(encode_bias(prefix + ".bias", weights[l].bias));
+        row += linear.rows;
+    }
+    return all;
 }
 
 void CheckpointOutput::write_group(int block, const LinearGroup& group, const QuantizedLinear& quantized,
@@ -124,7 +151,9 @@ void CheckpointOutput::write_group(int block, const LinearGroup& group, const Qu
                                });
             });
         }
-        if (linear.bias) write_bias(prefix + ".bias", weights[l].bias);
+        if (linear.bias && writer_.owns(prefix + ".bias")) {
+            write(encode_bias(prefix + ".bias", weights[l].bias));
+        }
         row += linear.rows;
     }
 }

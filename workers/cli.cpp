@@ -52,6 +52,7 @@ constexpr const char* plan_help =
     "Examples:\n"
     "  quantmill plan job.yaml\n"
     "  quantmill plan job.yaml --no-measure --set quantization.group_size=64\n"
+    "  quantmill plan job.yaml --world-size 64 --gpus-per-node 8\n"
     "  srun --mpi=pmix quantmill plan job.yaml\n\n";
 
 constexpr const char* eval_help =
@@ -152,6 +153,14 @@ void add_commands(CLI::App& app, Parsed& parsed) {
     auto* plan = app.add_subcommand("plan", "Show what a run would need and do, without doing it");
     add_job(*plan, parsed.plan.job, parsed.plan.overrides);
     plan->add_flag("--no-measure", parsed.no_measure, "Do not measure this machine, estimate no time");
+    auto* size = plan->add_option("--world-size", parsed.plan.world_size,
+                                  "Plan for N ranks like this one, which need not be there")
+                     ->type_name("N")
+                     ->check(CLI::Range(1, 1 << 16).description(""));
+    plan->add_option("--gpus-per-node", parsed.plan.gpus_per_node, "Of them, M on a node [all]")
+        ->type_name("M")
+        ->needs(size)
+        ->check(CLI::Range(1, 1 << 16).description(""));
     add_eval(*app.add_subcommand("eval", "Measure the perplexity of a checkpoint"), parsed.eval);
     app.add_subcommand("inspect", "List and verify a checkpoint")
         ->add_option("directory", parsed.inspect.directory, "Checkpoint directory")

@@ -1,6 +1,7 @@
 #include "workers/placement.h"
 
 #include <algorithm>
+#include <numeric>
 
 namespace quantmill {
 namespace {
@@ -31,6 +32,21 @@ std::vector<RowRange> solve_ranges(std::int64_t rows, int world_size) {
 int factor_rank(int block, std::size_t stage, std::size_t stages, int world_size) {
     return static_cast<int>((static_cast<std::size_t>(block) * stages + stage) %
                             static_cast<std::size_t>(world_size));
+}
+
+std::vector<int> longest_first(const std::vector<double>& costs, int ranks) {
+    std::vector<std::size_t> order(costs.size());
+    std::iota(order.begin(), order.end(), std::size_t{0});
+    std::stable_sort(order.begin(), order.end(),
+                     [&](std::size_t a, std::size_t b) { return costs[a] > costs[b]; });
+    std::vector<double> load(static_cast<std::size_t>(ranks), 0.0);
+    std::vector<int> owners(costs.size());
+    for (const std::size_t task : order) {
+        const auto least = std::min_element(load.begin(), load.end());
+        owners[task] = static_cast<int>(least - load.begin());
+        *least += costs[task];
+    }
+    return owners;
 }
 
 std::vector<std::size_t> output_shards_of_rank(std::size_t shards, int rank, int world_size) {

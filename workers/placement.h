@@ -20,6 +20,10 @@ std::vector<RowRange> solve_ranges(std::int64_t rows, int world_size);
 // The rank that factors the Hessian of a stage of a block: dealt in turn.
 int factor_rank(int block, std::size_t stage, std::size_t stages, int world_size);
 
+// The ranks of tasks that run at the same time, of known costs: the longest first, each to the rank that has
+// least to do.
+std::vector<int> longest_first(const std::vector<double>& costs, int ranks);
+
 // Indices of the output shards that a rank writes.
 std::vector<std::size_t> output_shards_of_rank(std::size_t shards, int rank, int world_size);
 

@@ -2,15 +2,15 @@
 
 #include <algorithm>
 #include <cmath>
-#include <nlohmann/json.hpp>
 
-#include "kernels/cpu/free_memory.h"
 #include "pipeline/gptq_solver.h"
 #include "pipeline/hessian.h"
 #include "pipeline/model_card.h"
 #include "pipeline/stopwatch.h"
 #include "workers/calibration_batches.h"
 #include "workers/checkpoint_output.h"
+#include "workers/forecast.h"
+#include "workers/layer_solves.h"
 #include "workers/placement.h"
 
 namespace quantmill {
@@ -97,7 +97,9 @@ StageMemory memory_of_stage(const PreparedJob& job, const Backend& backend, cons
 }
 
 // What a rank holds at most, by purpose, without its calibration activations.
-std::vector<NamedBytes> fixed_memory(const PreparedJob& job, const Backend& backend, int world_size) {
+// `row_ranks`: those that share the rows.
+std::vector<NamedBytes> fixed_memory(const PreparedJob& job, const Backend& backend, int world_size,
+                                     int row_ranks) {
     const ModelGraph& graph = job.graph;
     const QuantizationSpec& spec = job.spec.quantization;
     const std::uint64_t stored =
@@ -106,7 +108,7 @@ std::vector<NamedBytes> fixed_memory(const PreparedJob& job, const Backend& back
     StageMemory peak;
     std::uint64_t hessians = 0;
     for (const Stage& stage : graph.stages) {
-        const StageMemory memory = memory_of_stage(job, backend, stage.group, world_size);
+        const StageMemory memory = memory_of_stage(job, backend, stage.group, row_ranks);
         hessians += memory.hessian;
         if (memory.total() > peak.total()) peak = memory;
     }
@@ -129,11 +131,12 @@ std::vector<NamedBytes> fixed_memory(const PreparedJob& job, const Backend& back
 }
 
 // Decides how many of the rank's tokens keep their activations on the device, and what it holds then.
-void place_activations(const PreparedJob& job, const Backend& backend, int world_size, PlannedRank& rank) {
+void place_activations(const PreparedJob& job, const Backend& backend, int world_size, int row_ranks,
+                       PlannedRank& rank) {
     const auto bytes_of = [&](std::int64_t tokens) -> std::uint64_t {
         return CalibrationBatches::bytes(job.graph, tokens, backend.activation_dtype());
     };
-    rank.memory = fixed_memory(job, backend, world_size);
+    rank.memory = fixed_memory(job, backend, world_size, row_ranks);
     rank.device_tokens = rank.tokens;
     if (!backend.host_memory()) {
         rank.host_memory = 2 * rank.memory.at(1).bytes + CheckpointOutput::kMostWaiting;
@@ -149,39 +152,77 @@ void place_activations(const PreparedJob& job, const Backend& backend, int world
     rank.memory.insert(rank.memory.begin(), {"calibration activations", bytes_of(rank.device_tokens)});
 }
 
-std::size_t usable_free_memory(const Control& control, const Backend& backend) {
-    if (!backend.host_memory()) return usable_device_memory(backend.free_memory());
-    return backend.free_memory() / static_cast<std::size_t>(control.local_size());
+// Batch shards of a rank: in its group when groups stream, else among all.
+std::vector<std::int64_t> shards_of(const PreparedJob& job, const World& world, const LayerPlan& layers,
+                                    int rank) {
+    std::vector<std::int64_t> owned;
+    const auto count = static_cast<std::int64_t>(job.shards.size());
+    const RowRange range = shards_of_rank(count, rank, world.size());
+    for (std::int64_t shard = 0; shard < count; ++shard) {
+        const std::size_t size = layers.groups[static_cast<std::size_t>(layers.group_of(rank))].size();
+        const bool own = layers.streams
+                             ? shard_owner(static_cast<std::size_t>(shard), size) == layers.index_of(rank)
+                             : range.begin <= shard && shard < range.end;
+        if (own) owned.push_back(shard);
+    }
+    return owned;
 }
 
-std::vector<PlannedRank> describe_ranks(const PreparedJob& job, Control& control, const Backend& backend) {
-    const nlohmann::json mine{control.host(), usable_free_memory(control, backend),
-                              free_host_memory() / static_cast<std::size_t>(control.local_size())};
-    const std::vector<std::string> facts = control.all_gather(mine.dump());
+std::vector<NamedBytes> memory_of_groups(const PreparedJob& job, const Backend& backend,
+                                         const LayerPlan& layers, int rank) {
+    const LayerMemory memory = layer_memory(planned_work(job, backend), layers, rank);
+    return {{"blocks of its group, with their Hessians", memory.blocks},
+            {"hidden states on their way", memory.hidden},
+            {"rows being solved and scratch", memory.scratch}};
+}
+
+// The rank that writes each output file.
+std::vector<int> writers_of_files(const PreparedJob& job, const World& world, const LayerPlan& layers,
+                                  const Backend& backend) {
+    if (job.spec.quantization.propagate == "original") {
+        return writers_of(job.graph, backend.name(), layers, job.layout);
+    }
+    std::vector<int> writers(job.layout.shards.size());
+    for (int rank = 0; rank < world.size(); ++rank) {
+        for (const std::size_t file : output_shards_of_rank(writers.size(), rank, world.size())) {
+            writers[file] = rank;
+        }
+    }
+    return writers;
+}
+
+std::vector<PlannedRank> describe_ranks(const PreparedJob& job, const Backend& backend, const World& world,
+                                        const LayerPlan& layers, const std::vector<int>& writers) {
+    const bool original = job.spec.quantization.propagate == "original";
     std::vector<PlannedRank> ranks;
-    for (int rank = 0; rank < control.size(); ++rank) {
+    for (int rank = 0; rank < world.size(); ++rank) {
         PlannedRank planned;
         planned.rank = rank;
-        const auto fact = nlohmann::json::parse(facts[static_cast<std::size_t>(rank)]);
-        planned.host = fact.at(0).get<std::string>();
-        planned.free_memory = fact.at(1).get<std::uint64_t>();
-        planned.free_host_memory = fact.at(2).get<std::uint64_t>();
-        const RowRange shards =
-            shards_of_rank(static_cast<std::int64_t>(job.shards.size()), rank, control.size());
-        for (std::int64_t s = shards.begin; s < shards.end; ++s) {
+        planned.host = world.hosts[static_cast<std::size_t>(rank)];
+        planned.free_memory = world.memory[static_cast<std::size_t>(rank)];
+        planned.free_host_memory = world.host_memory[static_cast<std::size_t>(rank)];
+        planned.shards = shards_of(job, world, layers, rank);
+        for (const std::int64_t s : planned.shards) {
             const BatchShard& shard = job.shards[static_cast<std::size_t>(s)];
-            planned.shards.push_back(s);
             planned.tokens += shard.tokens();
             for (const MicroBatch& batch : shard.micro_batches) planned.sequences += batch.sequences.count();
         }
+        const auto& group = layers.groups[static_cast<std::size_t>(layers.group_of(rank))];
         for (const Stage& stage : job.graph.stages) {
-            const auto ranges = solve_ranges(stage.group.rows(), control.size());
-            planned.rows.push_back(ranges[static_cast<std::size_t>(rank)].count());
+            const auto ranges = solve_ranges(stage.group.rows(), static_cast<int>(group.size()));
+            planned.rows.push_back(original
+                                       ? stage.group.rows()
+                                       : ranges[static_cast<std::size_t>(layers.index_of(rank))].count());
         }
-        for (const std::size_t file : output_shards_of_rank(job.layout.shards.size(), rank, control.size())) {
-            planned.output_files.push_back(static_cast<std::int64_t>(file));
+        for (std::size_t file = 0; file < writers.size(); ++file) {
+            if (writers[file] == rank) planned.output_files.push_back(static_cast<std::int64_t>(file));
         }
-        place_activations(job, backend, control.size(), planned);
+        if (original) {
+            planned.device_tokens = planned.tokens;
+            planned.memory = memory_of_groups(job, backend, layers, rank);
+        } else {
+            place_activations(job, backend, world.size(), static_cast<int>(group.size()), planned);
+        }
         ranks.push_back(std::move(planned));
     }
     return ranks;
@@ -225,12 +266,12 @@ std::int64_t streamed_elements(const ModelGraph& graph) {
 }
 
 // docs/algorithm.md, "Costs": operations over the measured rate.
-PlannedTime estimate_time(const PreparedJob& job, Control& control, Backend& backend, const Plan& plan) {
+PlannedTime estimate_time(const PreparedJob& job, double gflops, const Backend& backend, const Plan& plan,
+                          int row_ranks) {
     PlannedTime time;
-    time.gflops = measure_gflops(job.graph, control, backend);
+    time.gflops = gflops;
     const double rate = time.gflops * 1e9;
     const double blocks = job.graph.blocks;
-    const double ranks = control.size();
     const RateShares& share = backend.host_memory() ? kHostShares : kDeviceShares;
     std::int64_t busiest_rank = 0;  // tokens of the rank that has most
     std::int64_t streamed = 0;      // of the rank that keeps most on its host
@@ -251,7 +292,7 @@ PlannedTime estimate_time(const PreparedJob& job, Control& control, Backend& bac
         const auto rows = static_cast<double>(stage.group.rows());
         time.hessian += blocks * busiest * n * n / (rate * share.hessian);
         time.factor += blocks * (n * n * n / 3.0 / (rate * share.factor) + n * share.seconds_per_column);
-        time.solve += blocks * rows * n * n / (rate * share.solve * ranks);
+        time.solve += blocks * rows * n * n / (rate * share.solve * row_ranks);
     }
     const double streamed_bytes = blocks * static_cast<double>(streamed) *
                                   static_cast<double>(size_of(backend.activation_dtype())) *
@@ -356,13 +397,11 @@ void find_shortages(Plan& plan, bool on_device) {
 
 }  // namespace
 
-std::size_t usable_device_memory(std::size_t free) {
-    const std::size_t gaps = (std::size_t{64} << 20U) + free / 32;
-    return free - std::min(free, gaps);
-}
-
 Plan make_plan(const PreparedJob& job, Control& control, Backend& backend, const std::string& communicator,
-               bool measure) {
+               bool measure, const std::optional<World>& imagined) {
+    const World world = imagined ? *imagined : gather_world(control, backend);
+    const LayerPlan layers = layers_of(job, world, backend);
+    const std::vector<int> writers = writers_of_files(job, world, layers, backend);
     Plan plan;
     plan.backend = backend.description();
     plan.communicator = communicator;
@@ -373,13 +412,22 @@ Plan make_plan(const PreparedJob& job, Control& control, Backend& backend, const
     plan.output_format = job.spec.output.format;
     for (std::size_t i = 0; i < job.layout.shards.size(); ++i) {
         const OutputShard& shard = job.layout.shards[i];
-        plan.files.push_back(
-            {shard.file_name, shard.bytes, static_cast<int>(i % static_cast<std::size_t>(control.size()))});
+        plan.files.push_back({shard.file_name, shard.bytes, writers[i]});
     }
     plan.disk_needed = job.layout.total_bytes();
     plan.disk_free = free_disk(job.spec.output.directory);
-    plan.ranks = describe_ranks(job, control, backend);
-    if (measure) plan.time = estimate_time(job, control, backend, plan);
+    plan.ranks = describe_ranks(job, backend, world, layers, writers);
+    const double gflops = measure ? measure_gflops(job.graph, control, backend) : 1.0;
+    Forecast expected =
+        forecast(job, planned_work(job, backend), world, rates_of(backend.name(), gflops * 1e9), layers);
+    plan.layers = std::move(expected.layers);
+    if (measure) {
+        const auto row_ranks = static_cast<int>(layers.groups.front().size());
+        plan.time = job.spec.quantization.propagate == "original"
+                        ? expected.time
+                        : estimate_time(job, gflops, backend, plan, row_ranks);
+        plan.time->gflops = gflops;
+    }
     find_obstacles(job, plan);
     find_warnings(job, plan);
     find_shortages(plan, !backend.host_memory());

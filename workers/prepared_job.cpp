@@ -41,6 +41,12 @@ void require_tensors(const CheckpointReader& reader, const ModelGraph& graph) {
     }
 }
 
+OutputLayout layout_of(const JobSpec& spec, const CheckpointReader& reader, const ModelGraph& graph) {
+    const QuantizationSpec& quantization = spec.quantization;
+    return plan_output(reader, graph, {quantization.bits, quantization.group_size, quantization.sym},
+                       spec.output.max_shard_size);
+}
+
 }  // namespace
 
 std::vector<std::int64_t> lengths_of(const std::vector<std::vector<std::int32_t>>& sequences) {
@@ -61,16 +67,25 @@ PreparedJob prepare_job(const JobSpec& spec, std::int64_t micro_batch_tokens) {
          spec.model / "tokenizer.json", spec.calibration.allow_tokenizer_mismatch});
     std::vector<BatchShard> shards = plan_batch_shards(lengths_of(calibration.sequences), micro_batch_tokens);
 
-    const QuantizationSpec& quantization = spec.quantization;
-    OutputLayout layout =
-        plan_output(reader, graph, {quantization.bits, quantization.group_size, quantization.sym},
-                    spec.output.max_shard_size);
+    OutputLayout layout = layout_of(spec, reader, graph);
     return {spec,
             std::move(reader),
             std::move(graph),
             std::move(calibration),
             std::move(shards),
             std::move(layout)};
+}
+
+std::vector<PreparedJob> prepare_jobs(const JobSpec& spec, std::int64_t micro_batch_tokens) {
+    const std::vector<JobSpec> singles = single_jobs(spec);
+    std::vector<PreparedJob> jobs{prepare_job(singles.front(), micro_batch_tokens)};
+    for (std::size_t i = 1; i < singles.size(); ++i) {
+        PreparedJob job = jobs.front();
+        job.spec = singles[i];
+        job.layout = layout_of(job.spec, job.reader, job.graph);
+        jobs.push_back(std::move(job));
+    }
+    return jobs;
 }
 
 }  // namespace quantmill

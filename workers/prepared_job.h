@@ -26,6 +26,9 @@ struct PreparedJob {
 // micro_batch_tokens: the backend's.
 PreparedJob prepare_job(const JobSpec& spec, std::int64_t micro_batch_tokens);
 
+// One for each checkpoint that the job writes; they differ in `spec` and `layout` only.
+std::vector<PreparedJob> prepare_jobs(const JobSpec& spec, std::int64_t micro_batch_tokens);
+
 // Lets rank 0 find what is wrong with the input, so that it is said once; the others follow when it is fine.
 template <class Prepare>
 auto rank_zero_first(Control& control, const Prepare& prepare) {

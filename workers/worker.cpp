@@ -4,15 +4,11 @@
 #include <cmath>
 #include <numeric>
 
-#include "pipeline/output_layout.h"
+#include "workers/message.h"
 #include "workers/placement.h"
 
 namespace quantmill {
 namespace {
-
-// Bits of resolution given up at each overflow of the fixed-point sum, and how many in all.
-constexpr int kHeadroomStep = 12;
-constexpr int kMostHeadroom = 36;
 
 std::span<const BatchShard> own(std::span<const BatchShard> shards, const Control& control) {
     const RowRange mine =
@@ -20,55 +16,19 @@ std::span<const BatchShard> own(std::span<const BatchShard> shards, const Contro
     return shards.subspan(static_cast<std::size_t>(mine.begin), static_cast<std::size_t>(mine.count()));
 }
 
-std::int64_t count_tokens(std::span<const BatchShard> shards) {
-    return std::accumulate(shards.begin(), shards.end(), std::int64_t{0},
-                           [](std::int64_t sum, const BatchShard& shard) { return sum + shard.tokens(); });
-}
-
-template <class T>
-std::string as_message(const std::vector<T>& values) {
-    return {reinterpret_cast<const char*>(values.data()), values.size() * sizeof(T)};
-}
-
-template <class T>
-std::vector<T> from_message(const std::string& message) {
-    std::vector<T> values(message.size() / sizeof(T));
-    std::copy_n(message.data(), message.size(), reinterpret_cast<char*>(values.data()));
-    return values;
-}
-
-// Sums rows of each linear in row order, so that the result does not depend on who solved which rows.
-std::vector<double> sum_by_linear(const LinearGroup& group, const std::vector<double>& rows) {
-    std::vector<double> sums;
-    auto row = rows.begin();
-    for (const Linear& linear : group.linears) {
-        sums.push_back(std::accumulate(row, row + linear.rows, 0.0));
-        row += linear.rows;
-    }
-    return sums;
-}
-
-std::vector<double> gather_rows(Control& control, const std::vector<double>& mine) {
-    std::vector<double> all;
-    for (const std::string& message : control.all_gather(as_message(mine))) {
-        const auto part = from_message<double>(message);
-        all.insert(all.end(), part.begin(), part.end());
-    }
-    return all;
-}
-
 }  // namespace
 
-Worker::Worker(Backend& backend, Control& control, Communicator& communicator, const ModelGraph& graph,
+Worker::Worker(Backend& backend, Team all, Team rows, Coordinator& coordinator, const ModelGraph& graph,
                const Options& options, std::span<const BatchShard> shards)
     : backend_(backend),
-      control_(control),
-      communicator_(communicator),
+      all_(all),
+      rows_(rows),
+      coordinator_(coordinator),
       graph_(graph),
       options_(options),
       job_shards_(static_cast<std::int64_t>(shards.size())),
-      job_tokens_(count_tokens(shards)),
-      batches_(backend, graph, own(shards, control), options.device_tokens),
+      solver_(backend, graph, options.gptq, tokens_of_shards(shards)),
+      batches_(backend, graph, own(shards, all.control), options.device_tokens),
       forward_(backend, graph, limits_of(shards).tokens, limits_of(shards).length),
       clock_(backend) {
     if (!options.true_sequential) {
@@ -81,20 +41,29 @@ void Worker::embed(const std::vector<std::vector<std::int32_t>>& sequences, Cons
     batches_.embed(sequences, table);
 }
 
-std::string Worker::module(int block, std::size_t stage) const {
-    return graph_.in_block(block, graph_.stages[stage].group.linears.front().name);
+void Worker::report(int block, std::size_t stage, const char* doing) {
+    const auto stages = static_cast<double>(graph_.stages.size());
+    coordinator_.report(fmt::format("block {} {}: {}", block, graph_.stages[stage].group.name, doing),
+                        (block + static_cast<double>(stage) / stages) / graph_.blocks);
 }
 
 void Worker::quantize_block(int block, BlockWeights& weights, const StageDone& done) {
+    if (!options_.true_sequential) return quantize_at_once(block, weights, done);
     const std::size_t stages = graph_.stages.size();
-    if (options_.true_sequential) {
-        for (std::size_t stage = 0; stage < stages; ++stage) {
-            auto hessians = reduce_hessians(block, {stage, stage + 1}, weights);
-            done(stage, quantize_group(block, stage, hessians.front(), weights));
-            advance({stage, stage + 1}, weights);
-        }
-        return;
+    for (std::size_t stage = 0; stage < stages; ++stage) {
+        auto hessians = reduce_hessians(block, {stage, stage + 1}, weights);
+        const int owner = factor_rank(block, stage, stages, all_.control.size());
+        FactorOutcome outcome;
+        if (all_.control.rank() == owner) outcome = factor(block, stage, hessians.front());
+        done(stage, quantize_group(block, stage, owner, std::move(outcome), hessians.front(), weights));
+        advance(block, {stage, stage + 1}, weights);
     }
+}
+
+// All Hessians of the block come from its unquantized linears, so that they are factored on different ranks
+// at the same time.
+void Worker::quantize_at_once(int block, BlockWeights& weights, const StageDone& done) {
+    const std::size_t stages = graph_.stages.size();
     for (auto& stage : weights.stages) {
         for (LinearWeights& linear : stage) {
             linear.forward = backend_.empty(linear.stored.shape(), backend_.activation_dtype(), "weights");
@@ -102,51 +71,48 @@ void Worker::quantize_block(int block, BlockWeights& weights, const StageDone& d
         }
     }
     auto hessians = reduce_hessians(block, {0, stages}, weights);
-    for (std::size_t stage = 0; stage < stages; ++stage) {
-        done(stage, quantize_group(block, stage, hessians[stage], weights));
+    std::vector<double> costs;
+    for (const Stage& stage : graph_.stages) {
+        costs.push_back(std::pow(static_cast<double>(stage.group.columns()), 3));
     }
-    advance({0, stages}, weights);
+    const std::vector<int> owners = longest_first(costs, all_.control.size());
+    std::vector<FactorOutcome> outcomes(stages);
+    for (std::size_t stage = 0; stage < stages; ++stage) {
+        if (owners[stage] == all_.control.rank()) outcomes[stage] = factor(block, stage, hessians[stage]);
+    }
+    for (std::size_t stage = 0; stage < stages; ++stage) {
+        done(stage, quantize_group(block, stage, owners[stage], std::move(outcomes[stage]), hessians[stage],
+                                   weights));
+    }
+    advance(block, {0, stages}, weights);
 }
 
-std::vector<Worker::ReducedHessian> Worker::reduce_hessians(int block, StageSpan stages,
-                                                            const BlockWeights& weights) {
+std::vector<ReducedHessian> Worker::reduce_hessians(int block, StageSpan stages,
+                                                    const BlockWeights& weights) {
     std::vector<ReducedHessian> hessians;
     for (std::size_t stage = stages.first; stage < stages.last; ++stage) {
         hessians.push_back(
             {HessianAccumulator(backend_, graph_.stages[stage].group.columns(), job_shards_), {}});
     }
-    for (int headroom = 0; headroom <= kMostHeadroom; headroom += kHeadroomStep) {
-        if (try_hessians(block, stages, weights, headroom, hessians)) {
-            clock_.start();
-            for (ReducedHessian& hessian : hessians) communicator_.all_sum(hessian.accumulator.sum());
-            clock_.lap(&StageSeconds::hessian);
-            return hessians;
-        }
-        for (ReducedHessian& hessian : hessians) hessian.accumulator.restart();
-    }
-    throw BadInput("{}: its calibration inputs are not finite or differ by more than 2^{} between sequences",
-                   module(block, stages.first), kMostHeadroom);
-}
-
-bool Worker::try_hessians(int block, StageSpan stages, const BlockWeights& weights, int headroom,
-                          std::vector<ReducedHessian>& hessians) {
-    bool fits = true;
     CalibrationBatches::Pass pass(batches_, use_of_input(graph_, stages.first));
     clock_.start();
     // Rank 0 owns the first shard, which fixes the exponents for all.
-    if (batches_.shards() > 0) accumulate_shard(0, stages, weights, pass, hessians);
-    agree_on_exponents(block, stages, headroom, hessians);
-    for (std::size_t shard = 0; shard < batches_.shards() && fits; ++shard) {
-        if (shard > 0) accumulate_shard(shard, stages, weights, pass, hessians);
-        fits = close_shard(hessians);
+    if (batches_.shards() > 0) accumulate_shard(block, 0, stages, weights, pass, hessians);
+    agree_on_exponents(block, stages, hessians);
+    for (std::size_t shard = 0; shard < batches_.shards(); ++shard) {
+        if (shard > 0) accumulate_shard(block, shard, stages, weights, pass, hessians);
+        close_shard(block, stages, hessians);
     }
-    return control_.all_max({fits ? 0 : 1}).front() == 0;
+    report(block, stages.first, "summing Hessians over ranks");
+    sum_over_ranks(hessians);
+    return hessians;
 }
 
-void Worker::accumulate_shard(std::size_t shard, StageSpan stages, const BlockWeights& weights,
+void Worker::accumulate_shard(int block, std::size_t shard, StageSpan stages, const BlockWeights& weights,
                               CalibrationBatches::Pass& pass, std::vector<ReducedHessian>& hessians) {
     const bool whole_block = stages.last - stages.first > 1;
     for (std::size_t batch = batches_.first_of(shard); batch < batches_.first_of(shard + 1); ++batch) {
+        report(block, stages.first, "forward and Hessian");
         BatchState state = pass.next();
         if (whole_block) {
             const TensorView trial = trial_hidden_.view().leading(state.hidden.shape());
@@ -165,99 +131,57 @@ void Worker::accumulate_shard(std::size_t shard, StageSpan stages, const BlockWe
     }
 }
 
-bool Worker::close_shard(std::vector<ReducedHessian>& hessians) {
-    bool fits = true;
-    for (ReducedHessian& hessian : hessians) {
-        fits = fits && hessian.accumulator.close_shard(hessian.exponents);
+void Worker::close_shard(int block, StageSpan stages, std::vector<ReducedHessian>& hessians) {
+    for (std::size_t i = 0; i < hessians.size(); ++i) {
+        if (!hessians[i].accumulator.close_shard(hessians[i].exponents)) {
+            refuse_shard(solver_.module(block, stages.first + i));
+        }
     }
     clock_.lap(&StageSeconds::hessian);
-    return fits;
 }
 
-void Worker::agree_on_exponents(int block, StageSpan stages, int headroom,
-                                std::vector<ReducedHessian>& hessians) {
+void Worker::agree_on_exponents(int block, StageSpan stages, std::vector<ReducedHessian>& hessians) {
     for (std::size_t i = 0; i < hessians.size(); ++i) {
         FixedPointExponents chosen;
-        if (control_.rank() == 0) {
-            const std::vector<float> diagonal = hessians[i].accumulator.open_diagonal();
-            const bool finite =
-                std::all_of(diagonal.begin(), diagonal.end(), [](float d) { return std::isfinite(d); });
-            if (!finite) {
-                throw BadInput("{}: its calibration inputs are not finite", module(block, stages.first + i));
-            }
-            chosen = choose_exponents(diagonal, headroom);
+        if (all_.control.rank() == 0) {
+            chosen =
+                exponents_of_first_shard(hessians[i].accumulator, solver_.module(block, stages.first + i));
         }
-        hessians[i].exponents = from_message<std::int32_t>(control_.broadcast(as_message(chosen), 0));
+        hessians[i].exponents = from_message<std::int32_t>(all_.control.broadcast(as_message(chosen), 0));
     }
 }
 
-QuantizedGroup Worker::quantize_group(int block, std::size_t stage, ReducedHessian& hessian,
-                                      BlockWeights& weights) {
-    const LinearGroup& group = graph_.stages[stage].group;
-    GptqOptions options = options_.gptq;
-    options.grid = grid_for(options.grid.bits, options.grid.group_size, options.grid.sym, group.columns());
-
+void Worker::sum_over_ranks(std::vector<ReducedHessian>& hessians) {
     clock_.start();
-    FactorOutcome outcome = factor(block, stage, hessian, options);
-    clock_.lap(&StageSeconds::factor);
-
-    QuantizedLinear quantized(backend_, group.rows(), group.columns(), options.grid);
-    quantized.g_idx = group_index(outcome, options.grid, group.columns());
-    const RowLosses mine =
-        solve(group, weights.stages[stage], hessian.accumulator.workspace(), outcome, options, quantized);
-    const std::vector<RowRange> ranges = solve_ranges(group.rows(), control_.size());
-    communicator_.all_gather_rows(quantized.codes, ranges);
-    communicator_.all_gather_rows(quantized.scales, ranges);
-    communicator_.all_gather_rows(quantized.zeros, ranges);
-    const std::vector<double> loss = gather_rows(control_, mine.loss);
-    const std::vector<double> squared_error = gather_rows(control_, mine.squared_error);
-    use_quantized(stage, quantized, weights);
-    clock_.lap(&StageSeconds::solve);
-
-    QuantizedGroup result{std::move(quantized), std::move(outcome), sum_by_linear(group, loss),
-                          sum_by_linear(group, squared_error), clock_.take()};
-    take_slowest(result.seconds);
-    return result;
+    agree_on_levels(all_.control, hessians);
+    for (ReducedHessian& hessian : hessians) {
+        hessian.accumulator.for_each_sum([&](TensorView sum) { all_.communicator.all_sum(sum); });
+        hessian.accumulator.merge_levels(hessian.exponents);
+    }
+    clock_.lap(&StageSeconds::hessian);
 }
 
-FactorOutcome Worker::factor(int block, std::size_t stage, ReducedHessian& hessian,
-                             const GptqOptions& options) {
-    const int owner = factor_rank(block, stage, graph_.stages.size(), control_.size());
-    FactorOutcome outcome;
-    if (control_.rank() == owner) {
-        outcome = factor_hessian(backend_, hessian.accumulator.sum(), hessian.exponents, job_tokens_, options,
-                                 module(block, stage), hessian.accumulator.workspace());
-    }
-    outcome = deserialize_factor_outcome(control_.broadcast(serialize(outcome), owner));
-    communicator_.broadcast(hessian.accumulator.workspace(), owner);
+FactorOutcome Worker::factor(int block, std::size_t stage, ReducedHessian& hessian) {
+    report(block, stage, "factoring its Hessian");
+    clock_.start();
+    FactorOutcome outcome = solver_.factor(block, stage, hessian);
+    clock_.lap(&StageSeconds::factor);
     return outcome;
 }
 
-RowLosses Worker::solve(const LinearGroup& group, const std::vector<LinearWeights>& weights,
-                        ConstTensorView factor, const FactorOutcome& outcome, const GptqOptions& options,
-                        QuantizedLinear& quantized) {
-    const RowRange range =
-        solve_ranges(group.rows(), control_.size())[static_cast<std::size_t>(control_.rank())];
-    Tensor rows = stored_rows(group, weights, range);
-    return solve_rows(backend_, rows, range, factor, outcome, options, quantized);
-}
-
-// Rows of the group's linears, one below the other, in fp32.
-Tensor Worker::stored_rows(const LinearGroup& group, const std::vector<LinearWeights>& weights,
-                           RowRange range) {
-    Tensor rows = backend_.empty({range.count(), group.columns()}, DType::f32, "rows to solve");
-    std::int64_t first = 0;
-    for (std::size_t l = 0; l < group.linears.size(); ++l) {
-        const std::int64_t last = first + group.linears[l].rows;
-        const std::int64_t begin = std::max(first, range.begin);
-        const std::int64_t end = std::min(last, range.end);
-        if (begin < end) {
-            backend_.convert(weights[l].stored.view().rows(begin - first, end - first),
-                             rows.view().rows(begin - range.begin, end - range.begin));
-        }
-        first = last;
-    }
-    return rows;
+QuantizedGroup Worker::quantize_group(int block, std::size_t stage, int owner, FactorOutcome outcome,
+                                      ReducedHessian& hessian, BlockWeights& weights) {
+    clock_.start();
+    const TensorView factor = hessian.accumulator.workspace();
+    outcome = GroupSolver::share(all_, owner, outcome, factor);
+    clock_.lap(&StageSeconds::factor);
+    report(block, stage, "solving rows");
+    QuantizedGroup result = solver_.solve(rows_, stage, weights.stages[stage], factor, outcome);
+    use_quantized(stage, result.quantized, weights);
+    clock_.lap(&StageSeconds::solve);
+    result.seconds = clock_.take();
+    take_slowest(result.seconds);
+    return result;
 }
 
 // From here on the forward pass multiplies with what the file will hold.
@@ -273,10 +197,11 @@ void Worker::use_quantized(std::size_t stage, const QuantizedLinear& quantized, 
     }
 }
 
-void Worker::advance(StageSpan stages, const BlockWeights& weights) {
+void Worker::advance(int block, StageSpan stages, const BlockWeights& weights) {
     clock_.start();
     const StateUse use = use_of_stages(graph_, stages.first, stages.last);
     batches_.for_each(use, [&](const CalibrationBatches::Batch&, const BatchState& state) {
+        report(block, stages.last - 1, "forward through quantized linears");
         for (std::size_t stage = stages.first; stage < stages.last; ++stage) {
             const TensorView input = forward_.stage_input(graph_.stages[stage], weights, state);
             forward_.run_stage(stage, input, weights, state);
@@ -287,7 +212,7 @@ void Worker::advance(StageSpan stages, const BlockWeights& weights) {
 
 void Worker::take_slowest(StageSeconds& seconds) {
     const auto micro = [](double s) { return std::llround(s * 1e6); };
-    const auto slowest = control_.all_max(
+    const auto slowest = all_.control.all_max(
         {micro(seconds.forward), micro(seconds.hessian), micro(seconds.factor), micro(seconds.solve)});
     const auto back = [&](std::size_t i) { return static_cast<double>(slowest[i]) * 1e-6; };
     seconds = {back(0), back(1), back(2), back(3)};

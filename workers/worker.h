@@ -11,21 +11,14 @@
 #include "pipeline/gptq_solver.h"
 #include "pipeline/hessian.h"
 #include "workers/calibration_batches.h"
+#include "workers/coordinator.h"
+#include "workers/group_solver.h"
 #include "workers/stage_clock.h"
 
 namespace quantmill {
 
-// A LinearGroup after its solve; every rank holds all rows.
-struct QuantizedGroup {
-    QuantizedLinear quantized;  // rows of all linears, one below the other
-    FactorOutcome outcome;
-    std::vector<double> loss;           // a linear
-    std::vector<double> squared_error;  // a linear
-    StageSeconds seconds;               // of the slowest rank
-};
-
-// One rank's part in quantizing a block: its batch shards, its rows, its turn at factoring. All ranks call
-// alike.
+// One rank's part in quantizing a block when Hessians come from the quantized blocks before it: its batch
+// shards, its rows, its turn at factoring. All ranks call alike.
 class Worker {
 public:
     struct Options {
@@ -33,8 +26,9 @@ public:
         bool true_sequential = true;
         std::int64_t device_tokens = CalibrationBatches::kAllTokens;  // whose activations stay on the device
     };
-    // `shards`: all of the job.
-    Worker(Backend& backend, Control& control, Communicator& communicator, const ModelGraph& graph,
+    // `all`: the ranks that share the sequences; `rows`: those among them that share the rows. `shards`: all
+    // of the job.
+    Worker(Backend& backend, Team all, Team rows, Coordinator& coordinator, const ModelGraph& graph,
            const Options& options, std::span<const BatchShard> shards);
 
     void embed(const std::vector<std::vector<std::int32_t>>& sequences, ConstTensorView table);
@@ -45,42 +39,35 @@ public:
     void quantize_block(int block, BlockWeights& weights, const StageDone& done);
 
 private:
-    struct ReducedHessian {
-        HessianAccumulator accumulator;
-        FixedPointExponents exponents;
-    };
     // [first, last): stages of a block.
     struct StageSpan {
         std::size_t first, last;
     };
 
+    void quantize_at_once(int block, BlockWeights& weights, const StageDone& done);
     std::vector<ReducedHessian> reduce_hessians(int block, StageSpan stages, const BlockWeights& weights);
-    bool try_hessians(int block, StageSpan stages, const BlockWeights& weights, int headroom,
-                      std::vector<ReducedHessian>& hessians);
-    void accumulate_shard(std::size_t shard, StageSpan stages, const BlockWeights& weights,
+    void accumulate_shard(int block, std::size_t shard, StageSpan stages, const BlockWeights& weights,
                           CalibrationBatches::Pass& pass, std::vector<ReducedHessian>& hessians);
-    bool close_shard(std::vector<ReducedHessian>& hessians);
-    void agree_on_exponents(int block, StageSpan stages, int headroom, std::vector<ReducedHessian>& hessians);
+    void close_shard(int block, StageSpan stages, std::vector<ReducedHessian>& hessians);
+    void agree_on_exponents(int block, StageSpan stages, std::vector<ReducedHessian>& hessians);
+    void sum_over_ranks(std::vector<ReducedHessian>& hessians);
 
-    QuantizedGroup quantize_group(int block, std::size_t stage, ReducedHessian& hessian,
-                                  BlockWeights& weights);
-    FactorOutcome factor(int block, std::size_t stage, ReducedHessian& hessian, const GptqOptions& options);
-    RowLosses solve(const LinearGroup& group, const std::vector<LinearWeights>& weights,
-                    ConstTensorView factor, const FactorOutcome& outcome, const GptqOptions& options,
-                    QuantizedLinear& quantized);
-    Tensor stored_rows(const LinearGroup& group, const std::vector<LinearWeights>& weights, RowRange range);
+    FactorOutcome factor(int block, std::size_t stage, ReducedHessian& hessian);
+    QuantizedGroup quantize_group(int block, std::size_t stage, int owner, FactorOutcome outcome,
+                                  ReducedHessian& hessian, BlockWeights& weights);
     void use_quantized(std::size_t stage, const QuantizedLinear& quantized, BlockWeights& weights);
-    void advance(StageSpan stages, const BlockWeights& weights);
+    void advance(int block, StageSpan stages, const BlockWeights& weights);
     void take_slowest(StageSeconds& seconds);
-    std::string module(int block, std::size_t stage) const;
+    void report(int block, std::size_t stage, const char* doing);
 
     Backend& backend_;
-    Control& control_;
-    Communicator& communicator_;
+    Team all_;
+    Team rows_;
+    Coordinator& coordinator_;
     const ModelGraph& graph_;
     Options options_;
     std::int64_t job_shards_;
-    std::int64_t job_tokens_;
+    GroupSolver solver_;
     CalibrationBatches batches_;
     BlockForward forward_;
     Tensor trial_hidden_;  // [largest micro-batch, hidden_size]: a block run ahead without moving `hidden`

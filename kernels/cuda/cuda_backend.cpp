@@ -1,6 +1,6 @@
 #include "kernels/cuda/cuda_backend.h"
 
-#include <fmt/format.h>
+#include <fmt/ranges.h>
 
 #include <algorithm>
 #include <utility>
@@ -91,7 +91,8 @@ std::string CudaBackend::description() const {
 std::string CudaBackend::unique_device() const {
     cudaDeviceProp properties{};
     check(cudaGetDeviceProperties(&properties, device_), "cudaGetDeviceProperties", {{"device", device_}});
-    return {properties.uuid.bytes, sizeof(properties.uuid.bytes)};
+    const auto* bytes = reinterpret_cast<const std::uint8_t*>(properties.uuid.bytes);
+    return fmt::format("{:02x}", fmt::join(bytes, bytes + sizeof(properties.uuid.bytes), ""));
 }
 
 std::size_t CudaBackend::free_memory() const {

@@ -31,7 +31,6 @@ public:
 
     cudaStream_t stream() const { return stream_; }
     int device() const { return device_; }
-    std::string unique_device() const;  // the same for all processes that use this GPU, and for no other GPU
 
     std::string name() const override { return "cuda"; }
     std::string description() const override;
@@ -39,6 +38,7 @@ public:
     std::size_t free_memory() const override;
     std::size_t peak_memory() const override;
     bool host_memory() const override { return false; }
+    std::string unique_device() const override;
     std::int64_t micro_batch_tokens() const override { return 16384; }
 
     void* allocate(std::size_t bytes, const std::string& what) override;

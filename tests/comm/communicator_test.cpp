@@ -76,9 +76,54 @@ TEST_P(CommunicatorTest, SumsAreExact) {
     EXPECT_EQ(download<std::int64_t>(sum), expected);
 }
 
+TEST_P(CommunicatorTest, SumOnOneRank) {
+    for (int root = 0; root < control_.size(); ++root) {
+        const auto count = static_cast<std::int64_t>(1 + random_() % 3000);
+        std::vector<std::int64_t> values(static_cast<std::size_t>(count));
+        std::vector<std::int64_t> expected(values.size());
+        const std::int64_t ranks = control_.size();
+        for (std::size_t i = 0; i < values.size(); ++i) {
+            const auto base = static_cast<std::int64_t>(random_() >> 8U);
+            values[i] = base + control_.rank();
+            expected[i] = base * ranks + ranks * (ranks - 1) / 2;
+        }
+        Tensor sum = upload(values, {count});
+        communicator_->sum_to(sum, root);
+        if (control_.rank() == root) {
+            EXPECT_EQ(download<std::int64_t>(sum), expected);
+        }
+    }
+}
+
 TEST_P(CommunicatorTest, OnlyIntegersAreSummed) {
     Tensor sum = upload(std::vector<float>{1.0F}, {1});
     EXPECT_THROW(communicator_->all_sum(sum), InternalError);
+    EXPECT_THROW(communicator_->sum_to(sum, 0), InternalError);
+}
+
+// A chain, as hidden states go from one group of ranks to the next: receive, change, pass on.
+TEST_P(CommunicatorTest, TensorsPassAlongAChain) {
+    const int rank = control_.rank(), last = control_.size() - 1;
+    constexpr int kTensors = 6;
+    std::vector<Tensor> tensors;
+    std::vector<std::unique_ptr<Transfer>> incoming, outgoing;
+    for (int i = 0; i < kTensors; ++i) {
+        tensors.push_back(upload(std::vector<float>(static_cast<std::size_t>(50 + i), -1.0F), {50 + i}));
+        if (rank > 0) incoming.push_back(communicator_->start_receive(tensors.back(), rank - 1));
+    }
+    for (std::size_t i = 0; i < kTensors; ++i) {
+        std::vector<float> values(50 + i, static_cast<float>(i));
+        if (rank > 0) {
+            incoming[i]->wait();
+            EXPECT_EQ(download<float>(tensors[i]), std::vector<float>(50 + i, static_cast<float>(i)));
+        }
+        tensors[i] = upload(values, tensors[i].shape());
+        if (rank < last) outgoing.push_back(communicator_->start_send(tensors[i], rank + 1));
+    }
+    for (const auto& transfer : outgoing) transfer->wait();
+    Tensor nothing = upload(std::vector<float>(), {0, 3});
+    if (rank == 0 && last > 0) communicator_->start_send(nothing, 1)->wait();
+    if (rank == 1) communicator_->start_receive(nothing, 0)->wait();
 }
 
 // Cuts `rows` at random places, so that some ranges are empty, and deals them to ranks in any order.

@@ -2,6 +2,7 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
 #include <random>
@@ -100,6 +101,85 @@ TEST_P(ControlTest, IntegerSumsAreExact) {
         control_->all_sum_int64(values.data(), count);
         EXPECT_EQ(values, expected);
     }
+}
+
+TEST_P(ControlTest, SumOnOneRankLeavesTheOthersAlone) {
+    for (int root = 0; root < size(); ++root) {
+        std::vector<std::int64_t> values(random_() % 3000);
+        std::vector<std::int64_t> expected(values.size());
+        for (std::size_t i = 0; i < values.size(); ++i) {
+            const auto base = static_cast<std::int64_t>(random_() >> 8U);
+            values[i] = base + rank();
+            expected[i] = rank() == root ? base * size() + size() * (size() - 1) / 2 : values[i];
+        }
+        control_->sum_int64_to(values.data(), values.size(), root);
+        EXPECT_EQ(values, expected) << "root " << root;
+    }
+}
+
+TEST_P(ControlTest, GroupsAreControlsOfTheirOwn) {
+    for (int round = 0; round < 5; ++round) {
+        std::vector<int> colors(static_cast<std::size_t>(size()));
+        for (int& color : colors) color = static_cast<int>(random_() % 3);
+        const int mine = colors.at(static_cast<std::size_t>(rank()));
+        const auto group = control_->split(mine);
+        std::vector<std::string> expected;
+        for (int r = 0; r < size(); ++r) {
+            if (colors[static_cast<std::size_t>(r)] == mine) expected.push_back(std::to_string(r));
+        }
+        EXPECT_EQ(group->size(), static_cast<int>(expected.size()));
+        EXPECT_EQ(group->all_gather(std::to_string(rank())), expected);
+        EXPECT_EQ(expected.at(static_cast<std::size_t>(group->rank())), std::to_string(rank()));
+    }
+}
+
+// Each rank sends random messages to each other one; all are on their way at once.
+TEST_P(ControlTest, MessagesBetweenTwoRanksArriveInOrder) {
+    std::vector<std::string> sent, received;
+    std::vector<std::unique_ptr<Transfer>> transfers;
+    constexpr int kRounds = 4;
+    const auto count = static_cast<std::size_t>(kRounds * size() * size());
+    for (std::size_t i = 0; i < count; ++i) sent.push_back(random_message(random_, 3000));
+    received.resize(count);
+    for (std::size_t i = 0; i < count; ++i) {
+        const int from = static_cast<int>(i) / size() % size(), to = static_cast<int>(i) % size();
+        received[i].resize(sent[i].size());
+        if (from == to) continue;
+        if (from == rank())
+            transfers.push_back(control_->start_send_bytes(sent[i].data(), sent[i].size(), to));
+        if (to == rank()) {
+            transfers.push_back(control_->start_receive_bytes(received[i].data(), sent[i].size(), from));
+        }
+    }
+    for (const auto& transfer : transfers) transfer->wait();
+    for (std::size_t i = 0; i < count; ++i) {
+        const int from = static_cast<int>(i) / size() % size(), to = static_cast<int>(i) % size();
+        if (to == rank() && from != to) {
+            EXPECT_EQ(received[i], sent[i]);
+        }
+    }
+    for (const auto& transfer : transfers) EXPECT_TRUE(transfer->done());
+}
+
+TEST_P(ControlTest, MailArrivesBesideCollectives) {
+    if (!control_->has_mail()) GTEST_SKIP() << "this MPI library lets one thread only call it";
+    std::vector<std::string> taken;
+    for (int round = 0; round < 3; ++round) {
+        const std::string text = std::to_string(rank()) + "/" + std::to_string(round);
+        while (!control_->post(text, 0)) control_->all_max({});
+        control_->barrier();
+        while (rank() == 0 && taken.size() < static_cast<std::size_t>((round + 1) * size())) {
+            if (const auto mail = control_->next_mail()) {
+                EXPECT_TRUE(mail->text.starts_with(std::to_string(mail->from) + "/")) << mail->text;
+                taken.push_back(mail->text);
+            }
+        }
+    }
+    std::sort(taken.begin(), taken.end());
+    EXPECT_EQ(std::unique(taken.begin(), taken.end()), taken.end());
+    control_->post("never taken", (rank() + 1) % size());
+    control_->drop_mail();
+    EXPECT_FALSE(control_->next_mail().has_value());
 }
 
 INSTANTIATE_TEST_SUITE_P(MessageLimits, ControlTest,

@@ -73,6 +73,9 @@ calibration:
   sequences: 128
   sequence_length: 512
   allow_tokenizer_mismatch: true
+  save_hessians: /h
+  hessians: none
+outputs: none
 quantization:
   bits: 3
   group_size: -1
@@ -81,10 +84,13 @@ quantization:
   damp_percent: 1e-2
   damp_auto_increment: 0.0025
   true_sequential: false
+  propagate: original
 compute:
   backend: cuda
   communicator: mpi
   device_memory: 24GB
+  layer_groups: 3
+  stall_timeout: 1.5min
 )";
 
 TEST(JobSpec, EveryKeyReachesItsMember) {
@@ -106,8 +112,13 @@ TEST(JobSpec, EveryKeyReachesItsMember) {
     EXPECT_EQ(spec.quantization.damp_percent, 0.01);
     EXPECT_EQ(spec.quantization.damp_auto_increment, 0.0025);
     EXPECT_FALSE(spec.quantization.true_sequential);
+    EXPECT_EQ(spec.calibration.save_hessians, "/h");
+    EXPECT_EQ(spec.calibration.hessians, "");
+    EXPECT_EQ(spec.quantization.propagate, "original");
     EXPECT_EQ(spec.compute.backend, "cuda");
     EXPECT_EQ(spec.compute.communicator, "mpi");
+    EXPECT_EQ(spec.compute.layer_groups, 3);
+    EXPECT_EQ(spec.compute.stall_timeout, 90.0);
     EXPECT_EQ(spec.compute.device_memory, 24'000'000'000U);
     EXPECT_EQ(std::ranges::count(complete, ':'), static_cast<int>(job_keys().size()) + 5)
         << "a key is missing from this test (5 sections)";
@@ -165,10 +176,10 @@ TEST(JobSpec, UnknownKeysSuggestTheNearest) {
     EXPECT_EQ(error_of(minimal + "quantization:\n  group_sise: 64\n"),
               "/jobs/job.yaml:7: quantization.group_sise: unknown key; did you mean "
               "quantization.group_size? quantization has bits, group_size, sym, desc_act, damp_percent, "
-              "damp_auto_increment, true_sequential");
+              "damp_auto_increment, true_sequential, propagate");
     EXPECT_EQ(error_of(minimal + "quantisation:\n  bits: 3\n"),
               "/jobs/job.yaml:6: quantisation: unknown key; did you mean quantization? a job file has "
-              "model, output, calibration, quantization, compute");
+              "model, output, outputs, calibration, quantization, compute");
     // Right word, wrong place.
     EXPECT_NE(error_of("bits: 3\n" + minimal)
                   .find("job.yaml:1: bits: unknown key; did you mean "
@@ -178,7 +189,7 @@ TEST(JobSpec, UnknownKeysSuggestTheNearest) {
               std::string::npos);
     // Nothing near: what there is, and no guess.
     EXPECT_EQ(error_of("xylophone: 3\n" + minimal),
-              "/jobs/job.yaml:1: xylophone: unknown key; a job file has model, output, calibration, "
+              "/jobs/job.yaml:1: xylophone: unknown key; a job file has model, output, outputs, calibration, "
               "quantization, compute");
 }
 
@@ -209,10 +220,8 @@ TEST(JobSpec, NamesOfOtherToolsAreTranslated) {
 }
 
 TEST(JobSpec, KeysOfLaterVersionsAreNotGuessedAt) {
-    for (const std::string key :
-         {"quantization.preset", "preset", "quantization.propagate", "quantization.overrides", "run",
-          "run.max_hours", "slurm.partition", "outputs", "compute.layer_groups", "quantization.lm_head.bits",
-          "compute.stall_timeout"}) {
+    for (const std::string key : {"quantization.preset", "preset", "quantization.overrides", "run",
+                                  "run.max_hours", "slurm.partition", "quantization.lm_head.bits"}) {
         const auto message = override_error(key + "=1");
         EXPECT_NE(message.find("is not in this version"), std::string::npos) << message;
         EXPECT_EQ(message.find("did you mean"), std::string::npos) << message;
@@ -221,6 +230,109 @@ TEST(JobSpec, KeysOfLaterVersionsAreNotGuessedAt) {
                   .find("job.yaml:6: slurm: unknown key; slurm "
                         "is not in this version"),
               std::string::npos);
+}
+
+const std::string three_outputs =
+    "model: models/tiny\n"
+    "calibration:\n"
+    "  tokens: calib.h5\n"
+    "outputs:\n"
+    "  - directory: out/W4\n"
+    "  - directory: out/W3\n"
+    "    max_shard_size: 1GB\n"
+    "    quantization:\n"
+    "      bits: 3\n"
+    "  - directory: out/W8\n"
+    "    format: gptq_v2\n"
+    "    serve: {tensor_parallel: 2}\n"
+    "    quantization: {bits: 8, group_size: -1, sym: false}\n"
+    "quantization:\n"
+    "  propagate: original\n"
+    "  group_size: 64\n";
+
+TEST(JobSpec, OutputsAreJobsOfTheirOwn) {
+    const auto spec = parse(three_outputs, {"quantization.damp_percent=0.1"});
+    const auto jobs = single_jobs(spec);
+    ASSERT_EQ(jobs.size(), 3u);
+    EXPECT_EQ(jobs[0].output.directory, "/jobs/out/W4");
+    EXPECT_EQ(jobs[0].quantization.bits, 4);
+    EXPECT_EQ(jobs[1].output.directory, "/jobs/out/W3");
+    EXPECT_EQ(jobs[1].output.max_shard_size, 1'000'000'000u);
+    EXPECT_EQ(jobs[1].quantization.bits, 3);
+    EXPECT_EQ(jobs[1].quantization.group_size, 64);  // which stands after the list
+    EXPECT_EQ(jobs[2].output.format, "gptq_v2");
+    EXPECT_EQ(jobs[2].output.tensor_parallel, 2);
+    EXPECT_EQ(jobs[2].quantization.group_size, -1);
+    EXPECT_FALSE(jobs[2].quantization.sym);
+    for (const auto& job : jobs) {
+        EXPECT_EQ(job.model, "/jobs/models/tiny");
+        EXPECT_EQ(job.quantization.propagate, "original");
+        EXPECT_EQ(job.quantization.damp_percent, 0.1);
+        EXPECT_TRUE(job.outputs.empty());
+        EXPECT_EQ(to_yaml(parse(to_yaml(job))), to_yaml(job));
+    }
+    EXPECT_EQ(to_yaml(parse(to_yaml(spec))), to_yaml(spec));
+    const auto alone = single_jobs(parse(minimal));
+    ASSERT_EQ(alone.size(), 1u);
+    EXPECT_EQ(to_yaml(alone[0]), to_yaml(parse(minimal)));
+}
+
+TEST(JobSpec, WhatOutputsMustBe) {
+    const auto error = [](const std::string& from, const std::string& to) {
+        std::string text = three_outputs;
+        EXPECT_NE(text.find(from), std::string::npos) << from;
+        return error_of(text.replace(text.find(from), from.size(), to));
+    };
+    const auto expect = [](const std::string& message, const std::string& part) {
+        EXPECT_NE(message.find(part), std::string::npos) << message;
+    };
+    expect(error("propagate: original", "bits: 4"),
+           "job.yaml:4: outputs: needs quantization.propagate: original");
+    expect(error("out/W3", "out/W4"), "job.yaml:4: outputs: /jobs/out/W4 is there twice");
+    expect(error("bits: 3", "bits: 5"), "job.yaml:9: quantization.bits: 5 is not allowed");
+    expect(error("bits: 3", "bitz: 3"),
+           "job.yaml:9: quantization.bitz: unknown key; did you mean quantization.bits?");
+    expect(error("bits: 3", "propagate: original"),
+           "job.yaml:9: quantization.propagate: is one for the whole job");
+    expect(error("format: gptq_v2", "format: gptq"), "needs output.format: gptq_v2");
+    expect(error("directory: out/W3", "format: gptq"), "job.yaml:6: outputs: an item has no directory");
+    expect(error("  - directory: out/W4\n", "  - 7\n"), "job.yaml:5: outputs: an item must hold keys");
+    expect(error("model:", "output: {format: gptq}\nmodel:"), "outputs: takes the place of output");
+    expect(error_of(three_outputs, {"output.format=gptq"}), "takes the place of output.format");
+    expect(error_of(minimal, {"outputs=x"}), "outputs: x is not allowed: a list is written in the job file");
+    expect(error_of("model: m\ncalibration: {tokens: t}\noutputs: {directory: d}\n"),
+           "job.yaml:3: outputs: must be a list");
+    expect(error_of("model: m\ncalibration: {tokens: t}\noutputs: none\n"), "output.directory is missing");
+    expect(error_of("model: m\ncalibration: {tokens: t}\noutputs: 5\n"),
+           "job.yaml:3: outputs: 5 is not allowed: a list");
+}
+
+TEST(JobSpec, HessiansBelongToTheOriginalModel) {
+    for (const std::string key : {"calibration.hessians", "calibration.save_hessians"}) {
+        EXPECT_NE(override_error(key + "=dir").find(key + ": needs quantization.propagate: original"),
+                  std::string::npos);
+        EXPECT_EQ(error_of(minimal, {key + "=dir", "quantization.propagate=original"}), "no error");
+    }
+    EXPECT_EQ(parse(minimal, {"calibration.hessians=none"}).calibration.hessians, "");
+    EXPECT_NE(error_of(minimal, {"calibration.hessians=a", "calibration.save_hessians=b",
+                                 "quantization.propagate=original"})
+                  .find("would only copy"),
+              std::string::npos);
+}
+
+TEST(JobSpec, Durations) {
+    const auto timeout = [](const std::string& text) {
+        return parse(minimal, {"compute.stall_timeout=" + text}).compute.stall_timeout;
+    };
+    EXPECT_EQ(parse(minimal).compute.stall_timeout, 600.0);
+    EXPECT_EQ(timeout("90s"), 90.0);
+    EXPECT_EQ(timeout("1.5min"), 90.0);
+    EXPECT_EQ(timeout("2h"), 7200.0);
+    for (const std::string bad : {"10", "0.5s", "169h", "-1s", "min", "1 s", "nans", "1e3s"}) {
+        EXPECT_NE(override_error("compute.stall_timeout=" + bad).find("compute.stall_timeout: " + bad),
+                  std::string::npos)
+            << bad;
+    }
 }
 
 TEST(JobSpec, AdviceNamesOnlyKeysThatExist) {

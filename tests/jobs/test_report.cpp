@@ -126,6 +126,7 @@ TEST(Report, SummaryShowsEachKindOnce) {
               "\n"
               "forward 4.0 s, Hessians 8.0 s, factors 16 s, solving 32 s, reading and writing 64 s; 2.2 min "
               "in all\n"
+              "2 ranks in 1 group, propagate: quantized; 0 B between ranks\n"
               "no fallbacks\n"
               "size 282 B of 1.00 kB (28.2%), 4.60 bits a quantized weight\n");
 }

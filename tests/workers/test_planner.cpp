@@ -6,6 +6,7 @@
 #include "kernels/make_backend.h"
 #include "tests/comm/memory_backend.h"
 #include "tests/pipeline/tiny_checkpoint.h"
+#include "workers/layer_planner.h"
 #include "workers/planner.h"
 
 namespace quantmill {

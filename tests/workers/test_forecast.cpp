@@ -1,0 +1,116 @@
+#include <gtest/gtest.h>
+
+#include "tests/pipeline/tiny_checkpoint.h"
+#include "workers/forecast.h"
+
+namespace quantmill {
+namespace {
+
+// A model of `blocks` equal blocks and 16 shards of one micro-batch each.
+class ForecastTest : public ::testing::Test {
+protected:
+    explicit ForecastTest(int blocks = 12) {
+        auto config = testing::tiny_config("LlamaForCausalLM");
+        config["num_hidden_layers"] = blocks;
+        graph_ = build_model_graph(config, "config.json");
+        work_.graph = &graph_;
+        work_.shards = plan_batch_shards(std::vector<std::int64_t>(16, 100), 2048);
+        work_.read_bytes = work_.written_bytes = 0.0;
+    }
+    World world(int ranks, std::uint64_t memory = std::uint64_t{1} << 40U) const {
+        return imagine_world(ranks, 4, memory);
+    }
+
+    ModelGraph graph_;
+    PlannedWork work_;
+    Rates rates_{1e9, 1e9, 1e9, 1e9, 1e9, 1e30, 1e30, 1e30};  // nothing but arithmetic costs
+};
+
+TEST_F(ForecastTest, CountsOperations) {
+    double forward = 0.0, hessian = 0.0, factor = 0.0, solve = 0.0;
+    for (const StageWork& work : stage_work(graph_, 100)) {
+        forward += work.forward;
+        hessian += work.hessian;
+        factor += work.factor;
+        solve += work.solve;
+    }
+    // qkv 128 x 64, o 64 x 64, gate+up 192 x 64, down 64 x 96
+    EXPECT_DOUBLE_EQ(forward, 2.0 * (128 * 64 + 64 * 64 + 192 * 64 + 64 * 96));
+    EXPECT_DOUBLE_EQ(hessian, 3.0 * 64 * 64 + 96 * 96);
+    EXPECT_DOUBLE_EQ(factor, (3.0 * 64 * 64 * 64 + 96.0 * 96 * 96) / 3);
+    EXPECT_DOUBLE_EQ(solve, (128.0 + 64 + 192) * 64 * 64 + 64.0 * 96 * 96);
+}
+
+TEST_F(ForecastTest, AStreamThroughGroupsIsTheSumOfItsParts) {
+    const LayerPlan alone = plan_layers(work_, world(1), rates_, 1);
+    const double one = total_seconds(simulate(work_, world(1), rates_, alone));
+    const BlockCost block = block_cost(graph_, rates_, 1600, 100);
+    EXPECT_NEAR(one, 12 * (block.stream + block.factors() + block.solves()), 1e-9);
+
+    const LayerPlan plan = plan_layers(work_, world(4), rates_, 4);
+    ASSERT_EQ(plan.sweeps.size(), 1U);
+    const auto lines = simulate(work_, world(4), rates_, plan);
+    // 16 micro-batches and three steps to fill; each step is three blocks of one micro-batch.
+    const double step = 3 * block.stream / 16;
+    EXPECT_NEAR(lines[3].first_item, 3 * step, 1e-9);
+    EXPECT_NEAR(lines[3].streamed, (16 + 3) * step, 1e-9);
+    EXPECT_NEAR(total_seconds(lines), (16 + 3) * step + 3 * (block.factors() + block.solves()), 1e-9);
+    const Forecast forecast = forecast_original(work_, world(4), rates_, plan);
+    EXPECT_NEAR(forecast.layers.alone_seconds, one, 1e-9);
+    EXPECT_DOUBLE_EQ(forecast.layers.bubble, 3.0 / 19);
+    EXPECT_NEAR(forecast.time.total(), forecast.layers.seconds, 1e-9);
+}
+
+TEST_F(ForecastTest, ShortMemoryMeansMoreSweeps) {
+    const LayerMemory roomy = layer_memory(work_, plan_layers(work_, world(2), rates_, 2), 0);
+    const std::uint64_t block = roomy.blocks / 6;
+    std::size_t sweeps = 1;
+    std::uint64_t memory = roomy.total();
+    for (; memory > 2 * block; memory -= block / 3) {
+        LayerPlan plan;
+        try {
+            plan = plan_layers(work_, world(2, memory), rates_, 2);
+        } catch (const BadInput&) {
+            break;
+        }
+        EXPECT_GE(plan.sweeps.size(), sweeps);
+        sweeps = plan.sweeps.size();
+        for (const int rank : {0, 1}) EXPECT_LE(layer_memory(work_, plan, rank).total(), memory);
+        int next = 0;
+        for (const auto& sweep : plan.sweeps) {
+            for (const BlockRange& range : sweep) {
+                EXPECT_EQ(range.begin, next);
+                next = range.end;
+            }
+        }
+        EXPECT_EQ(next, 12);
+    }
+    EXPECT_EQ(sweeps, 6U);  // a block a group at a time, before not even that fits
+    EXPECT_THROW(plan_layers(work_, world(2, block), rates_, 2), BadInput);
+}
+
+TEST_F(ForecastTest, ChoosesGroupsByWhatTheyGain) {
+    // Free links and one micro-batch a shard: splitting sequences has no bubble, so few groups are best.
+    EXPECT_EQ(plan_layers(work_, world(4), rates_, std::nullopt).groups.size(), 1U);
+    Rates slow = rates_;
+    slow.link = slow.network = 1e5;  // sums of Hessians would take longer than all else
+    EXPECT_EQ(plan_layers(work_, world(4), slow, std::nullopt).groups.size(), 4U);
+    EXPECT_THROW(plan_layers(work_, world(4), rates_, 5), BadInput);
+    EXPECT_THROW(plan_layers(work_, world(20), rates_, 13), BadInput);
+}
+
+TEST_F(ForecastTest, TheFactorBoundsWhatAllRanksDoTogether) {
+    const BlockCost block = block_cost(graph_, rates_, 1600, 100);
+    const Forecast four =
+        forecast_quantized(work_, world(4), rates_, row_groups(world(4), std::nullopt), true);
+    EXPECT_NEAR(four.layers.seconds, 12 * (block.stream / 4 + block.factors() + block.solves() / 4), 1e-9);
+    EXPECT_NE(four.layers.bound.find("factors that one rank computes"), std::string::npos);
+    // Without true_sequential the four factors of a block are computed at the same time.
+    const Forecast at_once = forecast_quantized(work_, world(4), rates_, row_groups(world(4), 1), false);
+    EXPECT_NEAR(at_once.time.factor, 12 * 96.0 * 96 * 96 / 3 / 1e9, 1e-9);
+    EXPECT_EQ(row_groups(world(8), std::nullopt).groups.size(), 2U);  // two hosts
+    EXPECT_THROW(row_groups(world(2), 3), BadInput);
+}
+
+}  // namespace
+}  // namespace quantmill

@@ -1,0 +1,60 @@
+#include "workers/cost_model.h"
+
+#include <numeric>
+
+namespace quantmill {
+namespace {
+
+// Shares of the matrix product's rate that the stages were seen to reach (bench/RESULTS.md,
+// docs/algorithm.md), and what disks, memory, NVLink and networks usually carry.
+struct Shares {
+    double attention, hessian, factor, solve;
+    double disk, link, network;
+};
+constexpr Shares kCpuShares{0.4, 1.0, 0.5, 0.4, 5e8, 3e9, 1e9};
+constexpr Shares kCudaShares{0.3, 0.8, 0.047, 0.13, 5e9, 2e11, 4e10};
+
+}  // namespace
+
+std::vector<StageWork> stage_work(const ModelGraph& graph, double length) {
+    std::vector<StageWork> work;
+    for (const Stage& stage : graph.stages) {
+        const auto n = static_cast<double>(stage.group.columns());
+        const auto rows = static_cast<double>(stage.group.rows());
+        StageWork of_stage{2.0 * rows * n, 0.0, n * n, n * n * n / 3.0, rows * n * n};
+        if (stage.input == StageInput::attention) {
+            const Attention& attention = graph.attention;
+            of_stage.attention = 2.0 * length * static_cast<double>(attention.heads * attention.head_dim);
+        }
+        work.push_back(of_stage);
+    }
+    return work;
+}
+
+Rates rates_of(const std::string& backend, double products) {
+    const Shares& shares = backend == "cuda" ? kCudaShares : kCpuShares;
+    return {products,
+            products * shares.attention,
+            products * shares.hessian,
+            products * shares.factor,
+            products * shares.solve,
+            shares.disk,
+            shares.link,
+            shares.network};
+}
+
+double BlockCost::factors() const { return std::accumulate(factor.begin(), factor.end(), 0.0); }
+double BlockCost::solves() const { return std::accumulate(solve.begin(), solve.end(), 0.0); }
+
+BlockCost block_cost(const ModelGraph& graph, const Rates& rates, double tokens, double length) {
+    BlockCost cost;
+    for (const StageWork& work : stage_work(graph, length)) {
+        cost.stream += tokens * (work.forward / rates.forward + work.attention / rates.attention +
+                                 work.hessian / rates.hessian);
+        cost.factor.push_back(work.factor / rates.factor);
+        cost.solve.push_back(work.solve / rates.solve);
+    }
+    return cost;
+}
+
+}  // namespace quantmill

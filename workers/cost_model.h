@@ -1,0 +1,41 @@
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "pipeline/model_graph.h"
+
+namespace quantmill {
+
+// Operations that a stage of a block takes (docs/algorithm.md, "What it costs").
+struct StageWork {
+    double forward = 0.0;    // a token; attention is with the stage that makes it
+    double attention = 0.0;  // a token
+    double hessian = 0.0;    // a token, one triangle
+    double factor = 0.0;
+    double solve = 0.0;
+};
+// `length`: tokens of a sequence, for attention.
+std::vector<StageWork> stage_work(const ModelGraph& graph, double length);
+
+// What one rank reaches in operations a second, and what the ways between ranks carry in bytes a second.
+struct Rates {
+    double forward = 0.0, attention = 0.0, hessian = 0.0, factor = 0.0, solve = 0.0;
+    double disk = 0.0;     // of a host, reading and writing
+    double link = 0.0;     // of a rank, to ranks of its host
+    double network = 0.0;  // of a rank, to ranks of other hosts
+};
+// Rates of a rank of backend `backend` whose matrix products reach `products` operations a second.
+Rates rates_of(const std::string& backend, double products);
+
+// Seconds that a rank needs for the parts of one block.
+struct BlockCost {
+    double stream = 0.0;                // forward and Hessians of `tokens` tokens
+    std::vector<double> factor, solve;  // a stage
+    double factors() const;
+    double solves() const;
+};
+BlockCost block_cost(const ModelGraph& graph, const Rates& rates, double tokens, double length);
+
+}  // namespace quantmill

@@ -1,0 +1,134 @@
+#include "workers/group_solver.h"
+
+#include <algorithm>
+#include <cmath>
+#include <numeric>
+
+#include "pipeline/output_layout.h"
+#include "workers/message.h"
+#include "workers/placement.h"
+
+namespace quantmill {
+namespace {
+
+// Sums rows of each linear in row order, so that the result does not depend on who solved which rows.
+std::vector<double> sum_by_linear(const LinearGroup& group, const std::vector<double>& rows) {
+    std::vector<double> sums;
+    auto row = rows.begin();
+    for (const Linear& linear : group.linears) {
+        sums.push_back(std::accumulate(row, row + linear.rows, 0.0));
+        row += linear.rows;
+    }
+    return sums;
+}
+
+std::vector<double> gather_rows(Control& control, const std::vector<double>& mine) {
+    std::vector<double> all;
+    for (const std::string& message : control.all_gather(as_message(mine))) {
+        const auto part = from_message<double>(message);
+        all.insert(all.end(), part.begin(), part.end());
+    }
+    return all;
+}
+
+}  // namespace
+
+FixedPointExponents exponents_of_first_shard(HessianAccumulator& accumulator, const std::string& module) {
+    const std::vector<float> diagonal = accumulator.open_diagonal();
+    if (!std::all_of(diagonal.begin(), diagonal.end(), [](float d) { return std::isfinite(d); })) {
+        throw BadInput("{}: its calibration inputs are not finite", module);
+    }
+    return choose_exponents(diagonal);
+}
+
+void refuse_shard(const std::string& module) {
+    throw BadInput("{}: its calibration inputs are not finite or differ by more than 2^36 between sequences",
+                   module);
+}
+
+void agree_on_levels(Control& control, std::vector<ReducedHessian>& hessians) {
+    // A bit a level: the maximum of each bit over ranks is their union.
+    std::vector<std::int64_t> present;
+    for (const ReducedHessian& hessian : hessians) {
+        for (unsigned level = 0; level < HessianAccumulator::kLevels; ++level) {
+            present.push_back(hessian.accumulator.levels() >> level & 1U);
+        }
+    }
+    present = control.all_max(present);
+    auto bit = present.begin();
+    for (ReducedHessian& hessian : hessians) {
+        unsigned levels = 0;
+        for (unsigned level = 0; level < HessianAccumulator::kLevels; ++level) {
+            levels |= static_cast<unsigned>(*bit++) << level;
+        }
+        hessian.accumulator.require_levels(levels);
+    }
+}
+
+GroupSolver::GroupSolver(Backend& backend, const ModelGraph& graph, const GptqOptions& options,
+                         std::int64_t tokens)
+    : backend_(backend), graph_(graph), options_(options), tokens_(tokens) {}
+
+std::string GroupSolver::module(int block, std::size_t stage) const {
+    return graph_.in_block(block, graph_.stages[stage].group.linears.front().name);
+}
+
+GptqOptions GroupSolver::options_for(const LinearGroup& group) const {
+    GptqOptions options = options_;
+    options.grid = grid_for(options.grid.bits, options.grid.group_size, options.grid.sym, group.columns());
+    return options;
+}
+
+FactorOutcome GroupSolver::factor(int block, std::size_t stage, ReducedHessian& hessian) const {
+    return factor_hessian(backend_, hessian.accumulator.sum(), hessian.exponents, tokens_,
+                          options_for(graph_.stages[stage].group), module(block, stage),
+                          hessian.accumulator.workspace());
+}
+
+FactorOutcome GroupSolver::share(const Team& team, int owner, const FactorOutcome& outcome,
+                                 TensorView factor) {
+    FactorOutcome shared = deserialize_factor_outcome(team.control.broadcast(serialize(outcome), owner));
+    team.communicator.broadcast(factor, owner);
+    return shared;
+}
+
+QuantizedGroup GroupSolver::solve(const Team& team, std::size_t stage,
+                                  const std::vector<LinearWeights>& weights, ConstTensorView factor,
+                                  const FactorOutcome& outcome) const {
+    const LinearGroup& group = graph_.stages[stage].group;
+    const GptqOptions options = options_for(group);
+    QuantizedLinear quantized(backend_, group.rows(), group.columns(), options.grid);
+    quantized.g_idx = group_index(outcome, options.grid, group.columns());
+
+    const std::vector<RowRange> ranges = solve_ranges(group.rows(), team.control.size());
+    const RowRange mine = ranges[static_cast<std::size_t>(team.control.rank())];
+    Tensor rows = stored_rows(group, weights, mine);
+    const RowLosses losses = solve_rows(backend_, rows, mine, factor, outcome, options, quantized);
+    team.communicator.all_gather_rows(quantized.codes, ranges);
+    team.communicator.all_gather_rows(quantized.scales, ranges);
+    team.communicator.all_gather_rows(quantized.zeros, ranges);
+    const std::vector<double> loss = gather_rows(team.control, losses.loss);
+    const std::vector<double> squared_error = gather_rows(team.control, losses.squared_error);
+    return {
+        std::move(quantized), outcome, sum_by_linear(group, loss), sum_by_linear(group, squared_error), {}};
+}
+
+// Rows of the group's linears, one below the other, in fp32.
+Tensor GroupSolver::stored_rows(const LinearGroup& group, const std::vector<LinearWeights>& weights,
+                                RowRange range) const {
+    Tensor rows = backend_.empty({range.count(), group.columns()}, DType::f32, "rows to solve");
+    std::int64_t first = 0;
+    for (std::size_t l = 0; l < group.linears.size(); ++l) {
+        const std::int64_t last = first + group.linears[l].rows;
+        const std::int64_t begin = std::max(first, range.begin);
+        const std::int64_t end = std::min(last, range.end);
+        if (begin < end) {
+            backend_.convert(weights[l].stored.view().rows(begin - first, end - first),
+                             rows.view().rows(begin - range.begin, end - range.begin));
+        }
+        first = last;
+    }
+    return rows;
+}
+
+}  // namespace quantmill

@@ -1,0 +1,70 @@
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "comm/communicator.h"
+#include "pipeline/block_weights.h"
+#include "pipeline/gptq_solver.h"
+#include "pipeline/hessian.h"
+#include "workers/stage_clock.h"
+
+namespace quantmill {
+
+// Ranks that work together, and what carries their tensors.
+struct Team {
+    Control& control;
+    Communicator& communicator;
+};
+
+// A Hessian summed over all shards of the job, with room for its factor.
+struct ReducedHessian {
+    HessianAccumulator accumulator;
+    FixedPointExponents exponents;
+};
+
+// The exponents of a Hessian from the job's first shard, which is open in `accumulator`. Throws BadInput when
+// its inputs are not finite; so does refuse_shard for a later shard that no level holds.
+FixedPointExponents exponents_of_first_shard(HessianAccumulator& accumulator, const std::string& module);
+[[noreturn]] void refuse_shard(const std::string& module);
+// Gives the Hessians the levels that any rank's have. Collective.
+void agree_on_levels(Control& control, std::vector<ReducedHessian>& hessians);
+
+// A LinearGroup after its solve; every rank that solved it holds all rows.
+struct QuantizedGroup {
+    QuantizedLinear quantized;  // rows of all linears, one below the other
+    FactorOutcome outcome;
+    std::vector<double> loss;           // a linear
+    std::vector<double> squared_error;  // a linear
+    StageSeconds seconds;               // of the slowest rank
+};
+
+// From the Hessian of a LinearGroup to its codes, on any ranks: the bytes do not depend on them.
+class GroupSolver {
+public:
+    // `options`: grid.group_size as in the job: -1 is one group a row. `tokens`: of the job.
+    GroupSolver(Backend& backend, const ModelGraph& graph, const GptqOptions& options, std::int64_t tokens);
+
+    // Factors a summed Hessian into its workspace. On the calling rank alone.
+    FactorOutcome factor(int block, std::size_t stage, ReducedHessian& hessian) const;
+    // Brings factor and outcome from `owner` to all ranks of the team. Collective.
+    static FactorOutcome share(const Team& team, int owner, const FactorOutcome& outcome, TensorView factor);
+    // Each rank of the team solves its rows, then all have all. `factor`: as `factor()` left it. Collective.
+    QuantizedGroup solve(const Team& team, std::size_t stage, const std::vector<LinearWeights>& weights,
+                         ConstTensorView factor, const FactorOutcome& outcome) const;
+
+    // "model.layers.3.self_attn.q_proj", for messages.
+    std::string module(int block, std::size_t stage) const;
+
+private:
+    GptqOptions options_for(const LinearGroup& group) const;
+    Tensor stored_rows(const LinearGroup& group, const std::vector<LinearWeights>& weights,
+                       RowRange range) const;
+
+    Backend& backend_;
+    const ModelGraph& graph_;
+    GptqOptions options_;
+    std::int64_t tokens_;
+};
+
+}  // namespace quantmill

@@ -1,0 +1,338 @@
+#include "workers/layer_planner.h"
+
+#include <algorithm>
+#include <nlohmann/json.hpp>
+#include <set>
+
+#include "kernels/cpu/free_memory.h"
+#include "pipeline/hessian.h"
+#include "workers/calibration_batches.h"
+#include "workers/hidden_stream.h"
+
+namespace quantmill {
+namespace {
+
+// A plan of more groups must promise this much more, since its predictions are not better than that.
+constexpr double kWorthMoreGroups = 0.97;
+
+// What a rank usually reaches: groups are chosen by it, and not by what was measured, so that a job has the
+// same groups in every run.
+double usual_products(const std::string& backend) { return backend == "cuda" ? 7e14 : 2e11; }
+
+double hessian_bytes(const ModelGraph& graph) {
+    double bytes = 0.0;
+    for (const Stage& stage : graph.stages) {
+        const auto n = static_cast<double>(stage.group.columns());
+        bytes += n * (n + 1.0) / 2.0 * sizeof(std::int64_t);
+    }
+    return bytes;
+}
+
+// Of weights as stored and as multiplied with, and of Hessians.
+std::uint64_t bytes_of_block(const PlannedWork& work) {
+    std::uint64_t bytes = static_cast<std::uint64_t>(work.graph->block_parameters()) *
+                          (work.stored_bytes + size_of(work.activation));
+    for (const Stage& stage : work.graph->stages) bytes += HessianAccumulator::bytes(stage.group.columns());
+    return bytes;
+}
+
+struct RankLoad {
+    double tokens = 0.0;
+    double items = 0.0;
+};
+
+RankLoad load_of(const PlannedWork& work, int index, std::size_t group_size) {
+    RankLoad load;
+    for (const StreamItem& item : stream_items(work.shards, index, group_size)) {
+        load.tokens += static_cast<double>(item.batch->sequences.tokens());
+        load.items += 1.0;
+    }
+    return load;
+}
+
+double speed_of_group(const PlannedWork& work, std::size_t size) {
+    double busiest = 0.0, all = 0.0;
+    for (std::size_t index = 0; index < size; ++index) {
+        const double tokens = load_of(work, static_cast<int>(index), size).tokens;
+        busiest = std::max(busiest, tokens);
+        all += tokens;
+    }
+    return all / busiest;
+}
+
+std::uint64_t scratch_bytes(const PlannedWork& work, bool first_group) {
+    const ModelGraph& graph = *work.graph;
+    const std::int64_t batch = limits_of(work.shards).tokens;
+    std::uint64_t bytes =
+        BlockForward::scratch_bytes(graph, batch, work.activation) +
+        static_cast<std::uint64_t>(batch * BlockForward::carried_width(graph)) * size_of(work.activation);
+    std::uint64_t solve = 0;
+    for (const Stage& stage : graph.stages) {
+        // Rows in fp32, the same dequantized, and their codes.
+        solve = std::max(solve, static_cast<std::uint64_t>(stage.group.rows() * stage.group.columns()) * 9);
+    }
+    bytes += solve;
+    if (first_group) {
+        bytes += static_cast<std::uint64_t>(graph.vocab_size * graph.hidden_size) * work.stored_bytes;
+    }
+    return bytes;
+}
+
+// Blocks that every rank can hold at once, with the hidden states that several sweeps would keep or not.
+int blocks_that_fit(const PlannedWork& work, const World& world, const std::vector<std::vector<int>>& groups,
+                    bool several_sweeps) {
+    const std::int64_t batch = limits_of(work.shards).tokens;
+    std::int64_t fit = work.graph->blocks;
+    for (std::size_t g = 0; g < groups.size(); ++g) {
+        for (std::size_t i = 0; i < groups[g].size(); ++i) {
+            const double tokens = load_of(work, static_cast<int>(i), groups[g].size()).tokens;
+            const std::uint64_t fixed =
+                scratch_bytes(work, g == 0) + HiddenStream::bytes(work.graph->hidden_size,
+                                                                  static_cast<std::int64_t>(tokens), batch,
+                                                                  several_sweeps && g == 0, work.activation);
+            const std::uint64_t free = world.memory[static_cast<std::size_t>(groups[g][i])];
+            const std::uint64_t left = free > fixed ? free - fixed : 0;
+            fit = std::min(fit, static_cast<std::int64_t>(left / bytes_of_block(work)));
+        }
+    }
+    return static_cast<int>(fit);
+}
+
+std::vector<double> block_costs(const PlannedWork& work, const Rates& rates) {
+    const double tokens = static_cast<double>(tokens_of_shards(work.shards));
+    const BlockCost cost =
+        block_cost(*work.graph, rates, tokens, static_cast<double>(limits_of(work.shards).length));
+    std::vector<double> costs(static_cast<std::size_t>(work.graph->blocks),
+                              cost.stream + cost.factors() + cost.solves());
+    const LinearGroup& last = work.graph->stages.back().group;
+    costs.back() -= tokens * 2.0 * static_cast<double>(last.rows() * last.columns()) / rates.forward;
+    return costs;
+}
+
+// A plan of these groups, or nothing when not even one block fits a rank.
+std::optional<LayerPlan> plan_groups(const PlannedWork& work, const World& world, const Rates& rates,
+                                     int count) {
+    LayerPlan plan;
+    plan.groups = form_groups(world.hosts, count);
+    const int blocks = work.graph->blocks;
+    std::vector<double> speeds;
+    for (const auto& group : plan.groups) speeds.push_back(speed_of_group(work, group.size()));
+    const std::vector<double> costs = block_costs(work, rates);
+    std::vector<BlockRange> ranges = cut_blocks(costs, speeds, blocks);
+    const auto longest = [](const std::vector<BlockRange>& all) {
+        return std::max_element(
+                   all.begin(), all.end(),
+                   [](const BlockRange& a, const BlockRange& b) { return a.count() < b.count(); })
+            ->count();
+    };
+    if (longest(ranges) > blocks_that_fit(work, world, plan.groups, false)) {
+        const int fit = blocks_that_fit(work, world, plan.groups, true);
+        if (fit == 0) return std::nullopt;
+        const int sweeps = std::max(2, (blocks + count * fit - 1) / (count * fit));
+        std::vector<double> all_speeds;
+        for (int s = 0; s < sweeps; ++s) all_speeds.insert(all_speeds.end(), speeds.begin(), speeds.end());
+        ranges = cut_blocks(costs, all_speeds, fit);
+    }
+    for (std::size_t i = 0; i < ranges.size(); i += speeds.size()) {
+        plan.sweeps.emplace_back(ranges.begin() + static_cast<std::ptrdiff_t>(i),
+                                 ranges.begin() + static_cast<std::ptrdiff_t>(i + speeds.size()));
+    }
+    return plan;
+}
+
+bool spans_hosts(const World& world, const std::vector<int>& ranks) {
+    return std::any_of(ranks.begin(), ranks.end(), [&](int rank) {
+        return world.hosts[static_cast<std::size_t>(rank)] != world.hosts[static_cast<std::size_t>(ranks[0])];
+    });
+}
+
+}  // namespace
+
+int World::host_count() const {
+    return static_cast<int>(std::set<std::string>(hosts.begin(), hosts.end()).size());
+}
+
+std::size_t usable_device_memory(std::size_t free) {
+    const std::size_t gaps = (std::size_t{64} << 20U) + free / 32;
+    return free - std::min(free, gaps);
+}
+
+World gather_world(Control& control, const Backend& backend) {
+    const std::vector<std::string> devices = control.all_gather(backend.unique_device());
+    const auto sharing = [&](const std::string& device) {
+        return backend.host_memory() ? static_cast<std::size_t>(control.local_size())
+                                     : static_cast<std::size_t>(std::ranges::count(devices, device));
+    };
+    const std::size_t free = backend.free_memory() / sharing(backend.unique_device());
+    const nlohmann::json mine{control.host(), backend.host_memory() ? free : usable_device_memory(free),
+                              free_host_memory() / static_cast<std::size_t>(control.local_size())};
+    World world;
+    for (const std::string& message : control.all_gather(mine.dump())) {
+        const auto fact = nlohmann::json::parse(message);
+        world.hosts.push_back(fact.at(0).get<std::string>());
+        world.memory.push_back(fact.at(1).get<std::uint64_t>());
+        world.host_memory.push_back(fact.at(2).get<std::uint64_t>());
+    }
+    return world;
+}
+
+World imagine_world(int size, int ranks_per_host, const World& real, bool cores) {
+    const auto now =
+        static_cast<std::uint64_t>(std::count(real.hosts.begin(), real.hosts.end(), real.hosts.front()));
+    const auto then = static_cast<std::uint64_t>(std::min(size, ranks_per_host));
+    World world =
+        imagine_world(size, ranks_per_host, cores ? real.memory.front() * now / then : real.memory.front());
+    world.host_memory.assign(world.hosts.size(), real.host_memory.front() * now / then);
+    return world;
+}
+
+World imagine_world(int size, int ranks_per_host, std::uint64_t memory) {
+    World world;
+    for (int rank = 0; rank < size; ++rank) {
+        world.hosts.push_back(fmt::format("host{}", rank / ranks_per_host));
+        world.memory.push_back(memory);
+        world.host_memory.push_back(memory);
+    }
+    return world;
+}
+
+PlannedWork planned_work(const PreparedJob& job, const Backend& backend) {
+    PlannedWork work;
+    work.graph = &job.graph;
+    work.shards = job.shards;
+    work.activation = backend.activation_dtype();
+    work.stored_bytes =
+        size_of(dtype_from_safetensors(job.reader.find(job.graph.embedding).dtype).value_or(DType::f32));
+    work.read_bytes = static_cast<double>(job.reader.total_bytes());
+    work.written_bytes = static_cast<double>(job.layout.total_bytes());
+    return work;
+}
+
+double items_in_stream(const PlannedWork& work, const LayerPlan& plan) {
+    double fewest = 0.0;
+    for (const auto& group : plan.groups) {
+        for (std::size_t index = 0; index < group.size(); ++index) {
+            const double items = load_of(work, static_cast<int>(index), group.size()).items;
+            if (items > 0.0 && (fewest == 0.0 || items < fewest)) fewest = items;
+        }
+    }
+    return fewest;
+}
+
+std::vector<GroupTimeline> simulate(const PlannedWork& work, const World& world, const Rates& rates,
+                                    const LayerPlan& plan) {
+    const ModelGraph& graph = *work.graph;
+    const auto length = static_cast<double>(limits_of(work.shards).length);
+    const BlockCost one_token = block_cost(graph, rates, 1.0, length);
+    const double block_bytes =
+        static_cast<double>(graph.block_parameters()) * static_cast<double>(work.stored_bytes);
+    const double write_share = work.written_bytes / graph.blocks;
+    const double ranks_per_host = static_cast<double>(world.size()) / world.host_count();
+    std::vector<GroupTimeline> lines(plan.groups.size());
+    std::vector<double> item_seconds(plan.groups.size(), 0.0), free_at(plan.groups.size(), 0.0);
+    for (std::size_t s = 0; s < plan.sweeps.size(); ++s) {
+        double first_arrival = 0.0, last_arrival = 0.0;
+        if (s > 0) {  // back from the last group
+            first_arrival = lines.back().first_item + item_seconds.back();
+            last_arrival = lines.back().streamed;
+        }
+        for (std::size_t g = 0; g < plan.groups.size(); ++g) {
+            GroupTimeline& line = lines[g];
+            const std::vector<int>& group = plan.groups[g];
+            const int blocks = plan.sweeps[s][g].count();
+            const RankLoad load = load_of(work, 0, group.size());
+            const double stream = blocks * load.tokens * one_token.stream;
+            item_seconds[g] = stream / load.items;
+            const double loaded =
+                free_at[g] +
+                blocks * block_bytes / (rates.disk * std::max(1.0, group.size() / ranks_per_host));
+            const double begin = std::max(loaded, first_arrival);
+            line.first_item = begin;
+            line.streamed = std::max(begin + stream, last_arrival + item_seconds[g]);
+            line.idle_seconds += begin - loaded + (line.streamed - begin - stream);
+            const double carries = spans_hosts(world, group) ? rates.network : rates.link;
+            const double reduce = group.size() > 1 ? blocks * hessian_bytes(graph) / carries : 0.0;
+            std::vector<SolveTask> tasks;
+            for (int block = 0; block < blocks; ++block) {
+                for (std::size_t stage = 0; stage < graph.stages.size(); ++stage) {
+                    tasks.push_back({block, stage, one_token.factor[stage], one_token.solve[stage]});
+                }
+            }
+            const double solve = plan_solves(tasks, static_cast<int>(group.size())).seconds;
+            line.solved = line.streamed + reduce + solve;
+            line.written = line.solved + write_share * blocks / rates.disk * 0.1;
+            line.stream_seconds += stream;
+            line.reduce_seconds += reduce;
+            line.solve_seconds += solve;
+            free_at[g] = line.solved;
+            first_arrival = begin + item_seconds[g];
+            last_arrival = line.streamed;
+        }
+    }
+    return lines;
+}
+
+double total_seconds(const std::vector<GroupTimeline>& groups) {
+    double seconds = 0.0;
+    for (const GroupTimeline& group : groups) seconds = std::max(seconds, group.written);
+    return seconds;
+}
+
+LayerPlan plan_layers(const PlannedWork& work, const World& world, const Rates& rates,
+                      std::optional<std::int64_t> groups) {
+    const int blocks = work.graph->blocks;
+    const int most = std::min(world.size(), blocks);
+    if (groups && *groups > most) {
+        throw BadInput(
+            "compute.layer_groups: {} groups are more than the {} blocks of the model or the {} ranks of the "
+            "job "
+            "can fill: choose at most {}, or auto",
+            *groups, blocks, world.size(), most);
+    }
+    std::optional<LayerPlan> best;
+    double best_seconds = 0.0;
+    for (int count = groups ? static_cast<int>(*groups) : 1; count <= (groups ? *groups : most); ++count) {
+        std::optional<LayerPlan> plan = plan_groups(work, world, rates, count);
+        if (!plan) continue;
+        const double seconds = total_seconds(simulate(work, world, rates, *plan));
+        if (best && seconds > kWorthMoreGroups * best_seconds) continue;
+        best = std::move(plan);
+        best_seconds = seconds;
+    }
+    if (best) return *best;
+    throw BadInput(
+        "not one block with its Hessians ({:.2f} GB) fits the memory of every rank ({:.2f} GB free on the "
+        "fullest): use fewer ranks a host, hosts with more memory, or lower calibration.sequences",
+        static_cast<double>(bytes_of_block(work)) * 1e-9,
+        static_cast<double>(*std::min_element(world.memory.begin(), world.memory.end())) * 1e-9);
+}
+
+LayerPlan row_groups(const World& world, std::optional<std::int64_t> groups) {
+    if (groups && *groups > world.size()) {
+        throw BadInput("compute.layer_groups: {} groups are more than the {} ranks of the job", *groups,
+                       world.size());
+    }
+    return {form_groups(world.hosts, static_cast<int>(groups.value_or(world.host_count()))), {}, false};
+}
+
+LayerPlan layers_of(const PreparedJob& job, const World& world, const Backend& backend) {
+    const std::optional<std::int64_t>& groups = job.spec.compute.layer_groups;
+    if (job.spec.quantization.propagate == "quantized") return row_groups(world, groups);
+    if (!job.spec.calibration.hessians.empty()) return plan_without_stream(world.hosts, job.graph.blocks);
+    const Rates rates = rates_of(backend.name(), usual_products(backend.name()));
+    return plan_layers(planned_work(job, backend), world, rates, groups);
+}
+
+LayerMemory layer_memory(const PlannedWork& work, const LayerPlan& plan, int rank) {
+    const auto group = static_cast<std::size_t>(plan.group_of(rank));
+    int most = 0;
+    for (const auto& sweep : plan.sweeps) most = std::max(most, sweep[group].count());
+    const double tokens = load_of(work, plan.index_of(rank), plan.groups[group].size()).tokens;
+    return {static_cast<std::uint64_t>(most) * bytes_of_block(work),
+            HiddenStream::bytes(work.graph->hidden_size, static_cast<std::int64_t>(tokens),
+                                limits_of(work.shards).tokens, plan.sweeps.size() > 1 && group == 0,
+                                work.activation),
+            scratch_bytes(work, group == 0)};
+}
+
+}  // namespace quantmill
