@@ -4,6 +4,7 @@
 
 #include "jobs/text.h"
 #include "pipeline/model_card.h"
+#include "pipeline/output_directory.h"
 #include "workers/placement.h"
 #include "workers/version.h"
 

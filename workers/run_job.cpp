@@ -6,6 +6,7 @@
 #include "jobs/text.h"
 #include "kernels/make_backend.h"
 #include "pipeline/model_card.h"
+#include "pipeline/output_directory.h"
 #include "pipeline/stopwatch.h"
 #include "workers/checkpoint_output.h"
 #include "workers/planner.h"
@@ -30,10 +31,12 @@ Worker::Options options_of(const QuantizationSpec& spec, std::int64_t device_tok
         device_tokens};
 }
 
-// Rank 0 prepares the directory before any rank writes to it.
-void claim_output_directory(const JobSpec& spec, bool overwrite, Control& control) {
-    if (control.rank() == 0) prepare_output_directory(spec.output.directory, overwrite, spec.model);
+// Rank 0 prepares the directory before any rank writes to it, and holds it.
+std::unique_ptr<OutputLock> claim_output_directory(const JobSpec& spec, bool overwrite, Control& control) {
+    std::unique_ptr<OutputLock> lock;
+    if (control.rank() == 0) lock = prepare_output_directory(spec.output.directory, overwrite, spec.model);
     control.barrier();
+    return lock;
 }
 
 std::string fallback_of(const FactorOutcome& outcome) {
@@ -162,7 +165,7 @@ void run_job(const RunCommand& command, Control& control) {
     const double expected_seconds = plan.time ? plan.time->total() : 0.0;
     if (control.rank() == 0) refuse_problems(plan);
     control.barrier();
-    claim_output_directory(job.spec, command.overwrite, control);
+    const auto lock = claim_output_directory(job.spec, command.overwrite, control);
     spdlog::info("{}: {} blocks, {} sequences, {} on {} rank(s), {}; about {}", job.graph.architecture,
                  job.graph.blocks, job.calibration.sequences.size(), plan.quantization.scheme, control.size(),
                  backend->description(), seconds_text(expected_seconds));

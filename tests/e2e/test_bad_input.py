@@ -1,5 +1,6 @@
 """Whatever is wrong with the input, the program ends with code 2, says what, and leaves no half of a result."""
 
+import fcntl
 import json
 import os
 import shutil
@@ -240,6 +241,23 @@ def test_output_that_is_finished(quantmill: Run, inputs: Inputs, finished: dict[
     assert contents(inputs.output) == finished
     quantmill("run", inputs.job, "--set", "quantization.bits=8", "--overwrite")
     assert json.loads((inputs.output / "config.json").read_text())["quantization_config"]["bits"] == 8
+
+
+def test_two_runs_into_one_directory(quantmill: Run, inputs: Inputs, finished: dict[str, bytes]) -> None:
+    """The lock of a run that goes on holds others off; that of one that died does not."""
+    lock = inputs.output / ".quantmill" / "lock"
+    lock.parent.mkdir(parents=True)
+    (inputs.output / SHARDS[0]).write_text("of the other run")
+    with lock.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        file.write("process 17 on node3")
+        file.flush()
+        before = contents(inputs.output)
+        for words in ([], ["--overwrite"]):
+            check(quantmill("run", inputs.job, *words, code=2), [str(inputs.output), "process 17 on node3"])
+        assert contents(inputs.output) == before
+    quantmill("run", inputs.job, ranks=2)
+    assert contents(inputs.output).keys() == finished.keys()
 
 
 @pytest.fixture

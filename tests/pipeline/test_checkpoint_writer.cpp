@@ -1,6 +1,7 @@
 #include <fcntl.h>
 #include <fmt/ranges.h>
 #include <gtest/gtest.h>
+#include <sys/file.h>
 #include <sys/mount.h>
 #include <unistd.h>
 
@@ -12,6 +13,7 @@
 
 #include "pipeline/checkpoint_reader.h"
 #include "pipeline/checkpoint_writer.h"
+#include "pipeline/output_directory.h"
 #include "tests/pipeline/capture_log.h"
 #include "tests/pipeline/expect_error.h"
 #include "tests/pipeline/temporary_directory.h"
@@ -32,7 +34,8 @@ constexpr const char* kFirstOfOne = "model-00001-of-00001.safetensors";
 std::set<std::string> names_in(const fs::path& directory) {
     std::set<std::string> names;
     for (const auto& entry : fs::recursive_directory_iterator(directory)) {
-        if (!entry.is_directory()) names.insert(entry.path().lexically_relative(directory).string());
+        if (!entry.is_directory() && entry.path().parent_path() != directory / ".quantmill")
+            names.insert(entry.path().lexically_relative(directory).string());
     }
     return names;
 }
@@ -266,6 +269,38 @@ TEST(CheckpointWriter, AFullDiskShowsBeforeTheFirstTensor) {
     ::umount(directory.path().c_str());
 }
 
+TEST(CheckpointWriter, ShardsMustBeInPlaceAtTheEnd) {
+    const TemporaryDirectory directory;
+    const auto shards = layout_shards({{"a", "U8", {3}}}, 10'000);
+    CheckpointWriter writer(directory.path(), shards, {0});
+    writer.write("a", "123", 3);
+    writer.finish();
+    fs::resize_file(directory / kFirstOfOne, shards[0].bytes - 1);
+    expect_error<InfrastructureError>([&] { writer.finish(); },
+                                      {kFirstOfOne, std::to_string(shards[0].bytes), "another program"});
+    fs::remove(directory / kFirstOfOne);
+    expect_error<InfrastructureError>([&] { writer.finish(); }, {kFirstOfOne, "is gone"});
+}
+
+TEST(PrepareOutput, OneRunAtATime) {
+    const TemporaryDirectory directory;
+    auto first = prepare_output_directory(directory.path(), false);
+    directory.write(kFirstOfOne, "written by the first");
+    char host[256] = {};
+    ASSERT_EQ(::gethostname(host, sizeof host - 1), 0);
+    for (const bool overwrite : {false, true}) {
+        expect_error<BadInput>(
+            [&] { prepare_output_directory(directory.path(), overwrite); },
+            {directory.path().string(), "another run", fmt::format("process {} on {}", ::getpid(), host)});
+    }
+    EXPECT_EQ(contents(directory / kFirstOfOne), "written by the first");
+    directory.write(kIndex, "{}");
+    first.reset();
+    EXPECT_EQ(contents(directory / ".quantmill/lock"), "");
+    expect_error<BadInput>([&] { prepare_output_directory(directory.path(), false); }, {"finished"});
+    EXPECT_NE(prepare_output_directory(directory.path(), true), nullptr);
+}
+
 TEST(PrepareOutput, MakesTheDirectoryAndItsMarker) {
     const TemporaryDirectory directory;
     prepare_output_directory(directory / "deep/out", false);
@@ -320,8 +355,8 @@ TEST(PrepareOutput, CleansWhatAnUnfinishedRunLeft) {
     directory.write("sub/model-00001-of-00003.safetensors", "kept");
     prepare_output_directory(directory.path(), false);
     EXPECT_EQ(names_in(directory.path()),
-              (std::set<std::string>{".quantmill/journal", "tokenizer.json", "notes.partial",
-                                     "my-model.safetensors", "sub/model-00001-of-00003.safetensors"}));
+              (std::set<std::string>{"tokenizer.json", "notes.partial", "my-model.safetensors",
+                                     "sub/model-00001-of-00003.safetensors"}));
 }
 
 TEST(PrepareOutput, OverwriteRemovesOnlyWhatARunWrites) {

@@ -1,0 +1,34 @@
+#pragma once
+
+#include <filesystem>
+#include <memory>
+
+namespace quantmill {
+
+// A run's claim to its output directory: a locked file in .quantmill/ that names the process. The
+// system unlocks it when the process ends, however it ends.
+class OutputLock {
+public:
+    // Throws BadInput naming the owner when another process holds it; where the file system has no
+    // locks, warns and goes on.
+    explicit OutputLock(const std::filesystem::path& directory);
+    ~OutputLock();
+    OutputLock(const OutputLock&) = delete;
+    OutputLock& operator=(const OutputLock&) = delete;
+
+private:
+    int descriptor_ = -1;
+};
+
+// Creates the output directory with our marker (.quantmill/) in it and removes the checkpoint files
+// that an earlier run left; no other run can claim it while the result lives. Throws BadInput when
+// it cannot be written, is or lies in `source`, or another run writes there; without `overwrite`
+// also when it holds a finished checkpoint of ours or anything that is not ours.
+std::unique_ptr<OutputLock> prepare_output_directory(const std::filesystem::path& directory, bool overwrite,
+                                                     const std::filesystem::path& source = {});
+
+// Copies everything of the source directory but weights, indexes, archives and the configs that we
+// write (checkpoint-formats: "by exclusion"); follows symbolic links.
+void copy_companion_files(const std::filesystem::path& source, const std::filesystem::path& directory);
+
+}  // namespace quantmill
