@@ -52,18 +52,28 @@ bool is_ours(const fs::path& directory) {
            parsed.at(quantizer).dump().find("quantmill") != std::string::npos;
 }
 
+// Weights of a checkpoint, their index and its configurations, partial ones too.
+bool is_checkpoint_file(std::string name) {
+    if (is_shard_name(name)) return true;
+    if (name.ends_with(".partial")) name.resize(name.size() - std::strlen(".partial"));
+    return name == kIndexName || is_our_config(name);
+}
+
+std::vector<std::string> checkpoint_files(const fs::path& directory) {
+    std::vector<std::string> names;
+    for (const fs::directory_entry& entry : fs::directory_iterator(directory)) {
+        std::string name = entry.path().filename().string();
+        if (is_checkpoint_file(name)) names.push_back(std::move(name));
+    }
+    std::sort(names.begin(), names.end());
+    return names;
+}
+
 // Only files that a run writes anew: whatever else the user keeps there stays.
 void remove_leftovers(const fs::path& directory) {
     // Without its index a checkpoint is unfinished, so it must go before the first shard does.
     fs::remove(directory / kIndexName);
-    std::vector<fs::path> leftovers;
-    for (const fs::directory_entry& entry : fs::directory_iterator(directory)) {
-        const std::string name = entry.path().filename().string();
-        const bool partial = name.ends_with(".partial") && (name == std::string(kIndexName) + ".partial" ||
-                                                            is_our_config(entry.path().stem().string()));
-        if (is_shard_name(name) || is_our_config(name) || partial) leftovers.push_back(entry.path());
-    }
-    for (const fs::path& path : leftovers) fs::remove(path);
+    for (const std::string& name : checkpoint_files(directory)) fs::remove(directory / name);
 }
 
 void require_apart(const fs::path& directory, const fs::path& source) {
@@ -79,8 +89,15 @@ void require_usable(const fs::path& directory, bool overwrite) {
     if (!fs::is_directory(directory)) {
         throw BadInput("output directory {} exists and is no directory", directory.string());
     }
+    const bool ours = is_ours(directory);
+    if (const auto names = checkpoint_files(directory); !ours && !names.empty()) {
+        throw BadInput(
+            "output directory {} holds a model that quantmill did not write ({}): choose another one; not "
+            "even --overwrite replaces it",
+            directory.string(), names.front());
+    }
     if (overwrite || fs::is_empty(directory)) return;
-    if (!is_ours(directory)) {
+    if (!ours) {
         throw BadInput(
             "output directory {} is not empty and was not written by quantmill: choose another one, or give "
             "--overwrite to put the checkpoint there all the same",

@@ -22,8 +22,9 @@ private:
 
 // Creates the output directory with our marker (.quantmill/) in it and removes the checkpoint files
 // that an earlier run left; no other run can claim it while the result lives. Throws BadInput when
-// it cannot be written, is or lies in `source`, or another run writes there; without `overwrite`
-// also when it holds a finished checkpoint of ours or anything that is not ours.
+// it cannot be written, is or lies in `source`, holds weights or configurations that we did not
+// write, or another run writes there; without `overwrite` also when it holds a finished checkpoint
+// of ours or anything that is not ours.
 std::unique_ptr<OutputLock> prepare_output_directory(const std::filesystem::path& directory, bool overwrite,
                                                      const std::filesystem::path& source = {});
 

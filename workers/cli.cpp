@@ -148,7 +148,8 @@ void add_eval(CLI::App& command, EvalCommand& eval) {
 void add_commands(CLI::App& app, Parsed& parsed) {
     auto* run = app.add_subcommand("run", "Quantize a checkpoint as a job file says");
     add_job(*run, parsed.run.job, parsed.run.overrides);
-    run->add_flag("--overwrite", parsed.run.overwrite, "Replace an earlier result in output.directory");
+    run->add_flag("--overwrite", parsed.run.overwrite,
+                  "Replace an earlier result of ours in output.directory, never another model");
     auto* plan = app.add_subcommand("plan", "Show what a run would need and do, without doing it");
     add_job(*plan, parsed.plan.job, parsed.plan.overrides);
     plan->add_flag("--no-measure", parsed.no_measure, "Do not measure this machine, estimate no time");

@@ -235,6 +235,14 @@ def test_output_that_is_not_ours(quantmill: Run, inputs: Inputs, finished: dict[
     assert contents(inputs.output).keys() == finished.keys() | {"thesis.tex"}
 
 
+def test_output_that_holds_another_model(quantmill: Run, inputs: Inputs) -> None:
+    shutil.copytree(inputs.model, inputs.output)
+    before = contents(inputs.output)
+    for words in ([], ["--overwrite"]):
+        check(quantmill("run", inputs.job, *words, code=2), [str(inputs.output), "did not write", "config.json"])
+    assert contents(inputs.output) == before
+
+
 def test_output_that_is_finished(quantmill: Run, inputs: Inputs, finished: dict[str, bytes]) -> None:
     put_finished(inputs.output, finished)
     check(quantmill("run", inputs.job, "--set", "quantization.bits=8", code=2), [str(inputs.output), "--overwrite"])

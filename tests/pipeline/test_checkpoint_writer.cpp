@@ -316,10 +316,12 @@ TEST(PrepareOutput, RefusesWhatIsNotOurs) {
     directory.write("out/thesis.tex", "years of work");
     expect_error<BadInput>([&] { prepare_output_directory(directory / "out", false); },
                            {(directory / "out").string(), "not empty", "--overwrite"});
-    directory.write("out/quantize_config.json", R"({"meta":{"quantizer":["gptqmodel:7.7.0"]}})");
-    EXPECT_THROW(prepare_output_directory(directory / "out", false), BadInput);
-    directory.write("out/quantize_config.json", "quantmill");
-    EXPECT_THROW(prepare_output_directory(directory / "out", false), BadInput);
+    for (const bool overwrite : {false, true}) {
+        directory.write("out/quantize_config.json", R"({"meta":{"quantizer":["gptqmodel:7.7.0"]}})");
+        EXPECT_THROW(prepare_output_directory(directory / "out", overwrite), BadInput);
+        directory.write("out/quantize_config.json", "quantmill");
+        EXPECT_THROW(prepare_output_directory(directory / "out", overwrite), BadInput);
+    }
     EXPECT_FALSE(fs::exists(directory / "out/.quantmill"));
     directory.write("file", "");
     expect_error<BadInput>([&] { prepare_output_directory(directory / "file", true); }, {"no directory"});
@@ -367,9 +369,26 @@ TEST(PrepareOutput, OverwriteRemovesOnlyWhatARunWrites) {
     directory.write(kFirstOfOne, "");
     directory.write(kIndex, "");
     directory.write("config.json", "");
+    directory.write("quantize_config.json", R"({"meta":{"quantizer":["quantmill:0.1.0"]}})");
     prepare_output_directory(directory.path(), true);
     EXPECT_EQ(names_in(directory.path()), (std::set<std::string>{"thesis.tex", "pytorch_model.bin"}));
     EXPECT_TRUE(fs::is_directory(directory / ".quantmill"));
+}
+
+TEST(PrepareOutput, OverwriteRefusesAStrangersModel) {
+    for (const char* name : {"model.safetensors", kFirstOfOne, kIndex, "config.json", "quantize_config.json",
+                             "model-00002-of-00003.safetensors.partial"}) {
+        const TemporaryDirectory directory;
+        directory.write("thesis.tex", "years of work");
+        directory.write(name, "of somebody else");
+        expect_error<BadInput>([&] { prepare_output_directory(directory.path(), true); },
+                               {directory.path().string(), "did not write", name});
+        EXPECT_EQ(contents(directory / name), "of somebody else");
+        EXPECT_FALSE(fs::exists(directory / ".quantmill"));
+        fs::remove(directory / name);
+        prepare_output_directory(directory.path(), true);
+        EXPECT_EQ(contents(directory / "thesis.tex"), "years of work");
+    }
 }
 
 TEST(PrepareOutput, NeverTouchesTheModel) {
