@@ -85,10 +85,30 @@ void require_apart(const fs::path& directory, const fs::path& source) {
                    directory.string(), source.string());
 }
 
-void require_usable(const fs::path& directory, bool overwrite) {
-    if (!fs::is_directory(directory)) {
-        throw BadInput("output directory {} exists and is no directory", directory.string());
+// The directory, or what is there of the path to it.
+fs::path nearest_existing(const fs::path& directory) {
+    fs::path existing = fs::absolute(directory);
+    while (!fs::exists(fs::symlink_status(existing)) && existing.has_relative_path()) {
+        existing = existing.parent_path();
     }
+    return existing;
+}
+
+void require_writable(const fs::path& directory) {
+    const fs::path existing = nearest_existing(directory);
+    if (!fs::is_directory(existing)) {
+        throw BadInput("output directory {}: {} is no directory: choose another one", directory.string(),
+                       existing.string());
+    }
+    if (::faccessat(AT_FDCWD, existing.c_str(), W_OK | X_OK, AT_EACCESS) != 0) {
+        const int error = errno;
+        throw BadInput("output directory {}: {} is not writable: {}", directory.string(), existing.string(),
+                       std::strerror(error));
+    }
+}
+
+// The directory exists.
+void require_usable(const fs::path& directory, bool overwrite) {
     const bool ours = is_ours(directory);
     if (const auto names = checkpoint_files(directory); !ours && !names.empty()) {
         throw BadInput(
@@ -206,21 +226,25 @@ OutputLock::~OutputLock() {
     ::close(descriptor_);
 }
 
-std::unique_ptr<OutputLock> prepare_output_directory(const fs::path& directory, bool overwrite,
-                                                     const fs::path& source) {
+void check_output_directory(const fs::path& directory, bool overwrite, const fs::path& source) {
     try {
         if (!source.empty()) require_apart(directory, source);
-        if (fs::exists(directory)) {
-            require_usable(directory, overwrite);
-            if (::faccessat(AT_FDCWD, directory.c_str(), W_OK | X_OK, AT_EACCESS) != 0) {
-                throw BadInput("output directory {} is not writable: {}", directory.string(),
-                               std::strerror(errno));
-            }
-        }
+        require_writable(directory);
+        if (fs::exists(directory)) require_usable(directory, overwrite);
+    } catch (const fs::filesystem_error& error) {
+        throw BadInput("cannot look into the output directory {}: {}", directory.string(),
+                       error.code().message());
+    }
+}
+
+std::unique_ptr<OutputLock> prepare_output_directory(const fs::path& directory, bool overwrite,
+                                                     const fs::path& source) {
+    check_output_directory(directory, overwrite, source);
+    try {
         fs::create_directories(directory / kMarker);
         auto lock = std::make_unique<OutputLock>(directory);
         // Another run may have finished since; now none can.
-        require_usable(directory, overwrite);
+        check_output_directory(directory, overwrite, source);
         remove_leftovers(directory);
         return lock;
     } catch (const fs::filesystem_error& error) {

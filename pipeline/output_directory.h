@@ -20,11 +20,15 @@ private:
     int descriptor_ = -1;
 };
 
-// Creates the output directory with our marker (.quantmill/) in it and removes the checkpoint files
-// that an earlier run left; no other run can claim it while the result lives. Throws BadInput when
-// it cannot be written, is or lies in `source`, holds weights or configurations that we did not
-// write, or another run writes there; without `overwrite` also when it holds a finished checkpoint
-// of ours or anything that is not ours.
+// Throws BadInput when a run could not write there: the directory cannot be made or written, is or
+// lies in `source`, or holds weights or configurations that we did not write; without `overwrite`
+// also when it holds a finished checkpoint of ours or anything that is not ours. Changes nothing.
+void check_output_directory(const std::filesystem::path& directory, bool overwrite,
+                            const std::filesystem::path& source = {});
+
+// Makes the same checks, creates the directory with our marker (.quantmill/) in it and removes the
+// checkpoint files that an earlier run left. No other run can claim it while the result lives;
+// throws BadInput when one has.
 std::unique_ptr<OutputLock> prepare_output_directory(const std::filesystem::path& directory, bool overwrite,
                                                      const std::filesystem::path& source = {});
 

@@ -23,6 +23,7 @@ struct PlanCommand {
     std::filesystem::path job;
     std::vector<std::string> overrides;
     bool measure = true;
+    bool overwrite = false;
 };
 
 struct EvalCommand {

@@ -8,6 +8,7 @@
 #include "pipeline/gptq_solver.h"
 #include "pipeline/hessian.h"
 #include "pipeline/model_card.h"
+#include "pipeline/output_directory.h"
 #include "pipeline/stopwatch.h"
 #include "workers/calibration_batches.h"
 #include "workers/checkpoint_output.h"
@@ -300,6 +301,20 @@ void find_obstacles(const PreparedJob& job, Plan& plan) {
     }
 }
 
+// What rank 0, which will prepare the output directory, has against it.
+void find_output_obstacle(const PreparedJob& job, Control& control, bool overwrite, Plan& plan) {
+    std::string obstacle;
+    if (control.rank() == 0) {
+        try {
+            check_output_directory(job.spec.output.directory, overwrite, job.spec.model);
+        } catch (const BadInput& error) {
+            obstacle = error.what();
+        }
+    }
+    obstacle = control.broadcast(obstacle, 0);
+    if (!obstacle.empty()) plan.problems.push_back(obstacle);
+}
+
 void find_warnings(const PreparedJob& job, Plan& plan) {
     const QuantizationSpec& spec = job.spec.quantization;
     if (!spec.sym) {
@@ -362,7 +377,7 @@ std::size_t usable_device_memory(std::size_t free) {
 }
 
 Plan make_plan(const PreparedJob& job, Control& control, Backend& backend, const std::string& communicator,
-               bool measure) {
+               bool measure, bool overwrite) {
     Plan plan;
     plan.backend = backend.description();
     plan.communicator = communicator;
@@ -381,6 +396,7 @@ Plan make_plan(const PreparedJob& job, Control& control, Backend& backend, const
     plan.ranks = describe_ranks(job, control, backend);
     if (measure) plan.time = estimate_time(job, control, backend, plan);
     find_obstacles(job, plan);
+    find_output_obstacle(job, control, overwrite, plan);
     find_warnings(job, plan);
     find_shortages(plan, !backend.host_memory());
     return plan;

@@ -10,8 +10,8 @@ namespace quantmill {
 std::size_t usable_device_memory(std::size_t free);
 
 // Works out who does what, what it takes and what speaks against it. Collective. `measure` times a matrix
-// product on every rank for half a second to predict the run time.
+// product on every rank for half a second to predict the run time. `overwrite`: the run may replace a result.
 Plan make_plan(const PreparedJob& job, Control& control, Backend& backend, const std::string& communicator,
-               bool measure);
+               bool measure, bool overwrite = false);
 
 }  // namespace quantmill

@@ -150,7 +150,7 @@ void quantize_blocks(const PreparedJob& job, std::int64_t device_tokens, Control
 void plan_job(const PlanCommand& command, Control& control) {
     const auto [backend, job] = open_job(command.job, command.overrides, control);
     const auto communicator = make_communicator(job.spec.compute.communicator, control, *backend);
-    Plan plan = make_plan(job, control, *backend, communicator->name(), command.measure);
+    Plan plan = make_plan(job, control, *backend, communicator->name(), command.measure, command.overwrite);
     plan.job = command.job.string();
     if (control.rank() == 0) fmt::print("{}", to_text(plan));
     if (!plan.problems.empty()) throw BadInput("`run` would refuse this job: see the problems above");
@@ -160,7 +160,7 @@ void run_job(const RunCommand& command, Control& control) {
     const Stopwatch watch;
     const auto [backend, job] = open_job(command.job, command.overrides, control);
     const auto communicator = make_communicator(job.spec.compute.communicator, control, *backend);
-    const Plan plan = make_plan(job, control, *backend, communicator->name(), true);
+    const Plan plan = make_plan(job, control, *backend, communicator->name(), true, command.overwrite);
     const PlannedRank& mine = plan.ranks.at(static_cast<std::size_t>(control.rank()));
     const double expected_seconds = plan.time ? plan.time->total() : 0.0;
     if (control.rank() == 0) refuse_problems(plan);

@@ -146,6 +146,8 @@ EARLY: dict[str, tuple[Callable[[Inputs], object], list[str]]] = {
     "value out of range": (lambda i: i.spec("quantization", bits=5), ["job.yaml:", "quantization.bits", "5", "2 | 3 | 4 | 8"]),
     "width not divided": (lambda i: i.spec("quantization", group_size=64), ["mlp.down_proj", "96", "group_size", "vLLM", "allow_unservable"]),
     "asymmetric v1": (lambda i: i.spec("quantization", sym=False), ["gptq_v2"]),
+    "output below a file": (lambda i: i.spec("output", directory=str(i.store / "out")), ["output directory", "calib.h5 is no directory"]),
+    "output is the model": (lambda i: i.spec("output", directory=str(i.model)), ["output directory", "model directory"]),
     "output in the model": (lambda i: i.spec("output", directory=str(i.model / "out")), ["output directory", "model directory"]),
 }
 
@@ -188,8 +190,7 @@ def test_found_before_anything_is_written(quantmill: Run, inputs: Inputs, finish
     damage(inputs)
     check(quantmill("run", inputs.job, "--overwrite", code=2), parts)
     assert contents(inputs.output) == finished  # --overwrite or not: a good result goes only when a run can start
-    if name != "output in the model":  # plan has no flag --overwrite, so it does not judge what is there
-        check(quantmill("plan", inputs.job, "--no-measure", code=2), parts)
+    check(quantmill("plan", inputs.job, "--no-measure", "--overwrite", code=2), parts)
 
 
 # Values are read during the run, each by one rank.
@@ -245,7 +246,9 @@ def test_output_that_holds_another_model(quantmill: Run, inputs: Inputs) -> None
 
 def test_output_that_is_finished(quantmill: Run, inputs: Inputs, finished: dict[str, bytes]) -> None:
     put_finished(inputs.output, finished)
-    check(quantmill("run", inputs.job, "--set", "quantization.bits=8", code=2), [str(inputs.output), "--overwrite"])
+    for command in (["run"], ["plan", "--no-measure"]):
+        check(quantmill(*command, inputs.job, "--set", "quantization.bits=8", code=2), [str(inputs.output), "--overwrite"])
+    quantmill("plan", "--no-measure", inputs.job, "--overwrite")
     assert contents(inputs.output) == finished
     quantmill("run", inputs.job, "--set", "quantization.bits=8", "--overwrite")
     assert json.loads((inputs.output / "config.json").read_text())["quantization_config"]["bits"] == 8

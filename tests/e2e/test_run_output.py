@@ -226,7 +226,7 @@ def shown_bytes(text: str) -> float:
 
 
 def test_plan_foretells_the_files(quantmill: Run, result: Result) -> None:
-    text = quantmill("plan", result.job, ranks=2).stdout
+    text = quantmill("plan", result.job, "--overwrite", ranks=2).stdout
     listed = re.findall(r"^  (model-\S+\.safetensors) +(\S+ \S?B) +rank (\d+)$", text, re.MULTILINE)
     files = sorted(result.output.glob("*.safetensors"))
     assert [name for name, _, _ in listed] == [file.name for file in files]
