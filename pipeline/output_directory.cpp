@@ -4,6 +4,7 @@
 #include <fmt/format.h>
 #include <spdlog/spdlog.h>
 #include <sys/file.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -164,22 +165,37 @@ void copy_contents(const fs::path& from, const fs::path& to) {
     out.finish();
 }
 
-// `parents`: the directories above, resolved, so that a link to one of them ends.
-void copy_tree(const fs::path& from, const fs::path& to, bool top, std::set<fs::path> parents) {
+// The paths, relative to `source`, of what is copied from `directory` below it. `parents`: the
+// directories above, resolved, so that a link to one of them ends.
+void list_companions(const fs::path& source, const fs::path& directory, std::set<fs::path> parents,
+                     std::vector<fs::path>& files) {
+    const fs::path from = source / directory;
     if (!parents.insert(fs::canonical(from)).second) return;
     for (const fs::directory_entry& entry : fs::directory_iterator(from)) {
         const std::string name = entry.path().filename().string();
         if (entry.is_directory()) {  // follows links
-            if (!name.starts_with(".")) copy_tree(entry.path(), to / name, false, parents);
-        } else if (is_weights_or_archive(name) || (top && is_written_by_us(name))) {
-            continue;
-        } else if (entry.is_regular_file()) {
-            fs::create_directories(to);
-            copy_contents(entry.path(), to / name);
-        } else {
-            spdlog::warn("{} is not copied: it is neither a file nor a link to one", entry.path().string());
+            if (!name.starts_with(".")) list_companions(source, directory / name, parents, files);
+        } else if (!is_weights_or_archive(name) && !(directory.empty() && is_written_by_us(name))) {
+            files.push_back(directory / name);
         }
     }
+}
+
+std::vector<fs::path> companions_of(const fs::path& source) {
+    try {
+        std::vector<fs::path> files;
+        list_companions(source, {}, {}, files);
+        return files;
+    } catch (const fs::filesystem_error& error) {
+        throw BadInput("cannot list the files beside the weights of {}: {}", source.string(), error.what());
+    }
+}
+
+// What the disk gets back when the file is removed, which is not its size where that was reserved.
+std::uint64_t bytes_on_disk(const fs::path& path) {
+    struct stat status{};
+    if (::lstat(path.c_str(), &status) != 0 || !S_ISREG(status.st_mode) || status.st_nlink > 1) return 0;
+    return static_cast<std::uint64_t>(status.st_blocks) * 512;
 }
 
 // Says in the lock who holds it.
@@ -253,11 +269,36 @@ std::unique_ptr<OutputLock> prepare_output_directory(const fs::path& directory, 
     }
 }
 
+std::uint64_t reclaimed_bytes(const fs::path& directory) {
+    std::uint64_t bytes = 0;
+    if (!fs::is_directory(directory) || !is_ours(directory)) return bytes;
+    for (const std::string& name : checkpoint_files(directory)) bytes += bytes_on_disk(directory / name);
+    return bytes;
+}
+
+std::uint64_t companion_bytes(const fs::path& source) {
+    std::uint64_t bytes = 0;
+    for (const fs::path& file : companions_of(source)) {
+        std::error_code no_file;  // such as a link to nothing
+        const auto size = fs::file_size(source / file, no_file);
+        if (!no_file) bytes += size;
+    }
+    return bytes;
+}
+
 void copy_companion_files(const fs::path& source, const fs::path& directory) {
-    try {
-        copy_tree(source, directory, true, {});
-    } catch (const fs::filesystem_error& error) {
-        throw BadInput("cannot copy the files beside the weights of {}: {}", source.string(), error.what());
+    for (const fs::path& file : companions_of(source)) {
+        if (!fs::is_regular_file(source / file)) {
+            spdlog::warn("{} is not copied: it is neither a file nor a link to one",
+                         (source / file).string());
+            continue;
+        }
+        try {
+            fs::create_directories((directory / file).parent_path());
+        } catch (const fs::filesystem_error& error) {
+            throw BadInput("cannot copy {}: {}", (source / file).string(), error.what());
+        }
+        copy_contents(source / file, directory / file);
     }
 }
 

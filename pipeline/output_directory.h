@@ -1,5 +1,6 @@
 #pragma once
 
+#include <cstdint>
 #include <filesystem>
 #include <memory>
 
@@ -31,6 +32,12 @@ void check_output_directory(const std::filesystem::path& directory, bool overwri
 // throws BadInput when one has.
 std::unique_ptr<OutputLock> prepare_output_directory(const std::filesystem::path& directory, bool overwrite,
                                                      const std::filesystem::path& source = {});
+
+// Bytes of disk that prepare_output_directory gives back by removing what an earlier run left.
+std::uint64_t reclaimed_bytes(const std::filesystem::path& directory);
+
+// Bytes that copy_companion_files will write.
+std::uint64_t companion_bytes(const std::filesystem::path& source);
 
 // Copies everything of the source directory but weights, indexes, archives and the configs that we
 // write (checkpoint-formats: "by exclusion"); follows symbolic links.

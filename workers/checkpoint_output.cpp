@@ -4,7 +4,6 @@
 
 #include "jobs/text.h"
 #include "pipeline/model_card.h"
-#include "pipeline/output_directory.h"
 #include "workers/placement.h"
 #include "workers/version.h"
 
@@ -141,7 +140,6 @@ void CheckpointOutput::finish(const Report& report) {
 void CheckpointOutput::write_documents(const Report& report) const {
     const std::filesystem::path& directory = job_.spec.output.directory;
     const QuantizationConfig config = config_of(job_.spec);
-    copy_companion_files(job_.spec.model, directory);
     write_text(directory / "README.md", to_markdown(card_of(job_, report), job_.spec.model));
     write_text(directory / "quantize_log.csv", to_csv(report));
     write_text(directory / "report.json", to_json(report));

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <nlohmann/json.hpp>
 
+#include "jobs/text.h"
 #include "kernels/cpu/free_memory.h"
 #include "pipeline/gptq_solver.h"
 #include "pipeline/hessian.h"
@@ -344,9 +345,12 @@ void find_warnings(const PreparedJob& job, Plan& plan) {
 
 void find_shortages(Plan& plan, bool on_device) {
     if (plan.disk_needed > plan.disk_free) {
-        plan.problems.push_back(fmt::format(
-            "output.directory {}: the checkpoint needs {:.2f} GB, {:.2f} GB are free", plan.output_directory,
-            static_cast<double>(plan.disk_needed) * 1e-9, static_cast<double>(plan.disk_free) * 1e-9));
+        plan.problems.push_back(
+            fmt::format("output.directory {}: the checkpoint needs {} of disk, {} are free: free at least {} "
+                        "there, or choose "
+                        "another one",
+                        plan.output_directory, bytes_text(plan.disk_needed), bytes_text(plan.disk_free),
+                        bytes_text(plan.disk_needed - plan.disk_free)));
     }
     for (const PlannedRank& rank : plan.ranks) {
         if (const std::uint64_t needed = total_memory(rank); needed > rank.free_memory) {
@@ -391,8 +395,9 @@ Plan make_plan(const PreparedJob& job, Control& control, Backend& backend, const
         plan.files.push_back(
             {shard.file_name, shard.bytes, static_cast<int>(i % static_cast<std::size_t>(control.size()))});
     }
-    plan.disk_needed = job.layout.total_bytes();
-    plan.disk_free = free_disk(job.spec.output.directory);
+    plan.disk_needed = job.layout.total_bytes() + companion_bytes(job.spec.model);
+    plan.disk_reclaimed = reclaimed_bytes(job.spec.output.directory);
+    plan.disk_free = free_disk(job.spec.output.directory) + plan.disk_reclaimed;
     plan.ranks = describe_ranks(job, control, backend);
     if (measure) plan.time = estimate_time(job, control, backend, plan);
     find_obstacles(job, plan);

@@ -31,10 +31,14 @@ Worker::Options options_of(const QuantizationSpec& spec, std::int64_t device_tok
         device_tokens};
 }
 
-// Rank 0 prepares the directory before any rank writes to it, and holds it.
+// Rank 0 prepares the directory before any rank writes to it, and holds it. What is only copied comes first:
+// what is wrong with it shows now.
 std::unique_ptr<OutputLock> claim_output_directory(const JobSpec& spec, bool overwrite, Control& control) {
     std::unique_ptr<OutputLock> lock;
-    if (control.rank() == 0) lock = prepare_output_directory(spec.output.directory, overwrite, spec.model);
+    if (control.rank() == 0) {
+        lock = prepare_output_directory(spec.output.directory, overwrite, spec.model);
+        copy_companion_files(spec.model, spec.output.directory);
+    }
     control.barrier();
     return lock;
 }

@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
@@ -306,17 +307,40 @@ def test_disk_too_small(quantmill: Run, inputs: Inputs, mount: Callable[[str], P
     output = mount("size=64k") / "out"
     for command in (["run"], ["plan", "--no-measure"]):
         done = quantmill(*command, inputs.job, "--set", f"output.directory={output}", code=2)
-        assert "GB are free" in done.stdout + done.stderr
+        assert re.search(r"needs [\d.]+ kB of disk, 65.5 kB are free: free at least [\d.]+ kB", done.stdout + done.stderr)
     assert not output.exists()
 
 
-def test_disk_that_fills_up(quantmill: Run, inputs: Inputs, mount: Callable[[str], Path]) -> None:
-    """The planned shards fit, but a large file that comes along does not."""
+def test_disk_too_small_for_companions(quantmill: Run, inputs: Inputs, mount: Callable[[str], Path]) -> None:
     (inputs.model / "appendix.pdf").write_bytes(bytes(2_000_000))
     output = mount("size=1500k") / "out"
+    for command in (["run"], ["plan", "--no-measure"]):
+        done = quantmill(*command, inputs.job, "--set", f"output.directory={output}", code=2)
+        check(done, ["of disk", "1.54 MB are free"])
+    assert not output.exists()
+
+
+def test_disk_that_only_holds_one_result(quantmill: Run, inputs: Inputs, mount: Callable[[str], Path]) -> None:
+    """What the run will remove counts as free."""
+    output = mount("size=220k") / "out"
+    settings = ["--set", f"output.directory={output}"]
+    quantmill("run", inputs.job, *settings)
+    room = os.statvfs(output)
+    assert room.f_bavail * room.f_bsize < sum(file.stat().st_size for file in output.glob("*.safetensors"))
+    assert "of an earlier run are removed" in quantmill("plan", "--no-measure", inputs.job, *settings, "--overwrite").stdout
+    quantmill("run", inputs.job, *settings, "--overwrite")
+
+
+def test_disk_that_fills_up(quantmill: Run, inputs: Inputs, mount: Callable[[str], Path]) -> None:
+    """The bytes fit, but not as many files as come along: found before the first block."""
+    (inputs.model / "more").mkdir()
+    for page in range(20):
+        (inputs.model / "more" / f"{page}.txt").write_text("page")
+    output = mount("size=10m,nr_inodes=12") / "out"
     done = quantmill("run", inputs.job, "--set", f"output.directory={output}", code=75)
-    check(done, [str(output / "appendix.pdf"), "No space left", "bytes were wanted"])
+    check(done, [str(output / "more"), "No space left", "bytes were wanted"])
     assert_unfinished(output)
+    assert not list(output.glob("*.safetensors"))
 
 
 def test_lone_processes(quantmill: Run, inputs: Inputs) -> None:

@@ -391,6 +391,19 @@ TEST(PrepareOutput, OverwriteRefusesAStrangersModel) {
     }
 }
 
+TEST(PrepareOutput, ReclaimsWhatItRemoves) {
+    const TemporaryDirectory directory;
+    EXPECT_EQ(reclaimed_bytes(directory / "none"), 0U);
+    directory.write(kFirstOfOne, std::string(1'000'000, 'x'));
+    EXPECT_EQ(reclaimed_bytes(directory.path()), 0U);  // not ours, so it stays
+    directory.write(".quantmill/lock", "");
+    directory.write("thesis.tex", std::string(1'000'000, 'x'));
+    EXPECT_GE(reclaimed_bytes(directory.path()), 1'000'000U);
+    EXPECT_LT(reclaimed_bytes(directory.path()), 1'200'000U);  // whole blocks of the file system
+    fs::create_hard_link(directory / kFirstOfOne, directory / "kept");
+    EXPECT_EQ(reclaimed_bytes(directory.path()), 0U);
+}
+
 TEST(PrepareOutput, NeverTouchesTheModel) {
     const TemporaryDirectory directory;
     directory.write("model/model.safetensors", "precious");
@@ -478,6 +491,9 @@ TEST(CopyCompanions, CopiesByExclusion) {
     for (const auto& names : {copied, left}) {
         for (const std::string& name : names) source.write(name, "content of " + name);
     }
+    std::uint64_t bytes = 0;
+    for (const std::string& name : copied) bytes += contents(source / name).size();
+    EXPECT_EQ(companion_bytes(source.path()), bytes);
     copy_companion_files(source.path(), output.path());
     EXPECT_EQ(names_in(output.path()), copied);
     for (const std::string& name : copied) EXPECT_EQ(contents(output / name), "content of " + name);
@@ -494,6 +510,7 @@ TEST(CopyCompanions, FollowsLinksAndEndsAtLoops) {
     fs::create_directory_symlink(cache / "shared", source / "extra");
     fs::create_directory_symlink(source.path(), cache / "shared/loop");
     fs::create_symlink(cache / "gone", source / "vocab.json");
+    EXPECT_EQ(companion_bytes(source.path()), std::strlen("tokens") + std::strlen("a"));
     const CaptureLog log;
     copy_companion_files(source.path(), output.path());
     EXPECT_EQ(names_in(output.path()), (std::set<std::string>{"tokenizer.json", "extra/a.txt"}));

@@ -82,6 +82,15 @@ TEST_F(Planner, DescribesModelJobAndFiles) {
         bytes += plan.files[i].bytes;
     }
     EXPECT_EQ(plan.disk_needed, bytes);
+    EXPECT_EQ(plan.disk_reclaimed, 0U);
+    directory_.write("more/appendix.pdf", std::string(5000, 'x'));
+    directory_.write("pytorch_model.bin", "is not copied");
+    output_.write("out/.quantmill/lock", "");
+    output_.write("out/model-00001-of-00009.safetensors.partial", std::string(100'000, 'x'));
+    const Plan again = this->plan(prepared);
+    EXPECT_EQ(again.disk_needed, bytes + 5000);
+    EXPECT_GE(again.disk_reclaimed, 100'000U);
+    EXPECT_GE(again.disk_free, again.disk_reclaimed);
     ASSERT_EQ(plan.ranks.size(), 1U);
     EXPECT_EQ(plan.ranks[0].sequences, 5);
     EXPECT_EQ(plan.ranks[0].rows, (std::vector<std::int64_t>{128, 64, 192, 64}));
