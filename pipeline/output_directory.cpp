@@ -13,9 +13,11 @@
 #include <cerrno>
 #include <cstring>
 #include <nlohmann/json.hpp>
+#include <optional>
 #include <regex>
 #include <set>
 #include <string>
+#include <string_view>
 #include <utility>
 #include <vector>
 
@@ -30,10 +32,12 @@ using nlohmann::json;
 
 constexpr const char* kIndexName = "model.safetensors.index.json";
 constexpr const char* kMarker = ".quantmill";
+constexpr const char* kRecord = "files.json";
+constexpr std::string_view kPartial = ".partial";
 constexpr std::array kOurConfigs = {"config.json", "quantize_config.json", "quantization_config.json"};
 
 bool is_shard_name(const std::string& name) {
-    static const std::regex pattern(R"(model(-\d+-of-\d+)?\.safetensors(\.partial)?)");
+    static const std::regex pattern(R"(model(-\d+-of-\d+)?\.safetensors)");
     return std::regex_match(name, pattern);
 }
 
@@ -53,28 +57,69 @@ bool is_ours(const fs::path& directory) {
            parsed.at(quantizer).dump().find("quantmill") != std::string::npos;
 }
 
-// Weights of a checkpoint, their index and its configurations, partial ones too.
-bool is_checkpoint_file(std::string name) {
-    if (is_shard_name(name)) return true;
-    if (name.ends_with(".partial")) name.resize(name.size() - std::strlen(".partial"));
-    return name == kIndexName || is_our_config(name);
+std::string without_partial(const std::string& name) {
+    return name.ends_with(kPartial) ? name.substr(0, name.size() - kPartial.size()) : name;
 }
 
-std::vector<std::string> checkpoint_files(const fs::path& directory) {
-    std::vector<std::string> names;
-    for (const fs::directory_entry& entry : fs::directory_iterator(directory)) {
-        std::string name = entry.path().filename().string();
-        if (is_checkpoint_file(name)) names.push_back(std::move(name));
+// Weights of a checkpoint, their index and its configurations, partial ones too.
+bool is_checkpoint_file(const std::string& name) {
+    const std::string whole = without_partial(name);
+    return is_shard_name(whole) || whole == kIndexName || is_our_config(whole);
+}
+
+bool stays_below(const fs::path& path) {
+    return path.is_relative() && std::find(path.begin(), path.end(), "..") == path.end();
+}
+
+// What the last run there wrote or meant to write; nothing when it left no record.
+std::optional<std::set<std::string>> recorded_files(const fs::path& directory) {
+    const fs::path path = directory / kMarker / kRecord;
+    if (!fs::is_regular_file(path)) return std::nullopt;
+    const json parsed = json::parse(read_text(path), nullptr, false);
+    std::set<std::string> names;
+    for (const json& name : parsed) {
+        if (name.is_string() && stays_below(name.get<std::string>())) names.insert(name);
     }
-    std::sort(names.begin(), names.end());
     return names;
 }
 
-// Only files that a run writes anew: whatever else the user keeps there stays.
+struct Leftovers {
+    std::vector<std::string> ours;     // relative to the directory
+    std::vector<std::string> foreign;  // files of a checkpoint that we did not write
+};
+
+Leftovers find_leftovers(const fs::path& directory) {
+    Leftovers found;
+    const bool ours = is_ours(directory);
+    const auto record = recorded_files(directory);
+    for (const fs::directory_entry& entry : fs::directory_iterator(directory)) {
+        const std::string name = entry.path().filename().string();
+        if (!is_checkpoint_file(name)) continue;
+        const bool mine = record ? record->contains(without_partial(name)) : ours;
+        (mine ? found.ours : found.foreign).push_back(name);
+    }
+    std::sort(found.foreign.begin(), found.foreign.end());
+    for (const std::string& name : record.value_or(std::set<std::string>{})) {
+        if (is_checkpoint_file(name)) continue;
+        for (const std::string& file : {name, name + std::string(kPartial)}) {
+            if (fs::is_regular_file(fs::symlink_status(directory / file))) found.ours.push_back(file);
+        }
+    }
+    return found;
+}
+
+// Whatever else the user keeps there stays.
 void remove_leftovers(const fs::path& directory) {
+    const Leftovers leftovers = find_leftovers(directory);
     // Without its index a checkpoint is unfinished, so it must go before the first shard does.
     fs::remove(directory / kIndexName);
-    for (const std::string& name : checkpoint_files(directory)) fs::remove(directory / name);
+    for (const std::string& name : leftovers.ours) {
+        fs::remove(directory / name);
+        std::error_code not_empty;
+        for (fs::path below = fs::path(name).parent_path(); !below.empty(); below = below.parent_path()) {
+            if (!fs::remove(directory / below, not_empty)) break;
+        }
+    }
 }
 
 void require_apart(const fs::path& directory, const fs::path& source) {
@@ -110,15 +155,14 @@ void require_writable(const fs::path& directory) {
 
 // The directory exists.
 void require_usable(const fs::path& directory, bool overwrite) {
-    const bool ours = is_ours(directory);
-    if (const auto names = checkpoint_files(directory); !ours && !names.empty()) {
+    if (const auto foreign = find_leftovers(directory).foreign; !foreign.empty()) {
         throw BadInput(
             "output directory {} holds a model that quantmill did not write ({}): choose another one; not "
             "even --overwrite replaces it",
-            directory.string(), names.front());
+            directory.string(), foreign.front());
     }
     if (overwrite || fs::is_empty(directory)) return;
-    if (!ours) {
+    if (!is_ours(directory)) {
         throw BadInput(
             "output directory {} is not empty and was not written by quantmill: choose another one, or give "
             "--overwrite to put the checkpoint there all the same",
@@ -191,6 +235,17 @@ std::vector<fs::path> companions_of(const fs::path& source) {
     }
 }
 
+// Lets the next run know what it may remove. Call it when what the last one left is gone: a file that is
+// there now is the user's, also when this run replaces it.
+void write_record(const fs::path& directory, const fs::path& source, const std::vector<std::string>& files) {
+    std::set<std::string> names(files.begin(), files.end());
+    if (!source.empty()) {
+        for (const fs::path& file : companions_of(source)) names.insert(file.string());
+    }
+    std::erase_if(names, [&](const std::string& name) { return fs::exists(directory / name); });
+    write_text(directory / kMarker / kRecord, json(names).dump(1) + "\n");
+}
+
 // What the disk gets back when the file is removed, which is not its size where that was reserved.
 std::uint64_t bytes_on_disk(const fs::path& path) {
     struct stat status{};
@@ -254,7 +309,8 @@ void check_output_directory(const fs::path& directory, bool overwrite, const fs:
 }
 
 std::unique_ptr<OutputLock> prepare_output_directory(const fs::path& directory, bool overwrite,
-                                                     const fs::path& source) {
+                                                     const fs::path& source,
+                                                     const std::vector<std::string>& files) {
     check_output_directory(directory, overwrite, source);
     try {
         fs::create_directories(directory / kMarker);
@@ -262,6 +318,7 @@ std::unique_ptr<OutputLock> prepare_output_directory(const fs::path& directory, 
         // Another run may have finished since; now none can.
         check_output_directory(directory, overwrite, source);
         remove_leftovers(directory);
+        write_record(directory, source, files);
         return lock;
     } catch (const fs::filesystem_error& error) {
         throw BadInput("cannot prepare the output directory {}: {}", directory.string(),
@@ -271,8 +328,8 @@ std::unique_ptr<OutputLock> prepare_output_directory(const fs::path& directory, 
 
 std::uint64_t reclaimed_bytes(const fs::path& directory) {
     std::uint64_t bytes = 0;
-    if (!fs::is_directory(directory) || !is_ours(directory)) return bytes;
-    for (const std::string& name : checkpoint_files(directory)) bytes += bytes_on_disk(directory / name);
+    if (!fs::is_directory(directory)) return bytes;
+    for (const std::string& name : find_leftovers(directory).ours) bytes += bytes_on_disk(directory / name);
     return bytes;
 }
 

@@ -3,6 +3,8 @@
 #include <cstdint>
 #include <filesystem>
 #include <memory>
+#include <string>
+#include <vector>
 
 namespace quantmill {
 
@@ -27,11 +29,13 @@ private:
 void check_output_directory(const std::filesystem::path& directory, bool overwrite,
                             const std::filesystem::path& source = {});
 
-// Makes the same checks, creates the directory with our marker (.quantmill/) in it and removes the
-// checkpoint files that an earlier run left. No other run can claim it while the result lives;
-// throws BadInput when one has.
+// Makes the same checks, creates the directory with our marker (.quantmill/) in it and removes what
+// an earlier run left, by the record that it made. The new record names `files` (relative paths) and
+// the companions in `source`. No other run can claim the directory while the result lives; throws
+// BadInput when one has.
 std::unique_ptr<OutputLock> prepare_output_directory(const std::filesystem::path& directory, bool overwrite,
-                                                     const std::filesystem::path& source = {});
+                                                     const std::filesystem::path& source = {},
+                                                     const std::vector<std::string>& files = {});
 
 // Bytes of disk that prepare_output_directory gives back by removing what an earlier run left.
 std::uint64_t reclaimed_bytes(const std::filesystem::path& directory);

@@ -72,6 +72,13 @@ ModelCard card_of(const PreparedJob& job, const Report& report) {
 
 }  // namespace
 
+std::vector<std::string> CheckpointOutput::file_names(const PreparedJob& job) {
+    std::vector<std::string> names{"README.md",   "quantize_log.csv",     "report.json",
+                                   "config.json", "quantize_config.json", "model.safetensors.index.json"};
+    for (const OutputShard& shard : job.layout.shards) names.push_back(shard.file_name);
+    return names;
+}
+
 CheckpointOutput::CheckpointOutput(const PreparedJob& job, Control& control, Backend& backend)
     : job_(job),
       control_(control),

@@ -33,10 +33,12 @@ Worker::Options options_of(const QuantizationSpec& spec, std::int64_t device_tok
 
 // Rank 0 prepares the directory before any rank writes to it, and holds it. What is only copied comes first:
 // what is wrong with it shows now.
-std::unique_ptr<OutputLock> claim_output_directory(const JobSpec& spec, bool overwrite, Control& control) {
+std::unique_ptr<OutputLock> claim_output_directory(const PreparedJob& job, bool overwrite, Control& control) {
+    const JobSpec& spec = job.spec;
     std::unique_ptr<OutputLock> lock;
     if (control.rank() == 0) {
-        lock = prepare_output_directory(spec.output.directory, overwrite, spec.model);
+        lock = prepare_output_directory(spec.output.directory, overwrite, spec.model,
+                                        CheckpointOutput::file_names(job));
         copy_companion_files(spec.model, spec.output.directory);
     }
     control.barrier();
@@ -169,7 +171,7 @@ void run_job(const RunCommand& command, Control& control) {
     const double expected_seconds = plan.time ? plan.time->total() : 0.0;
     if (control.rank() == 0) refuse_problems(plan);
     control.barrier();
-    const auto lock = claim_output_directory(job.spec, command.overwrite, control);
+    const auto lock = claim_output_directory(job, command.overwrite, control);
     spdlog::info("{}: {} blocks, {} sequences, {} on {} rank(s), {}; about {}", job.graph.architecture,
                  job.graph.blocks, job.calibration.sequences.size(), plan.quantization.scheme, control.size(),
                  backend->description(), seconds_text(expected_seconds));

@@ -272,6 +272,26 @@ def test_two_runs_into_one_directory(quantmill: Run, inputs: Inputs, finished: d
     assert contents(inputs.output).keys() == finished.keys()
 
 
+def test_overwrite_leaves_nothing_of_the_result_before(quantmill: Run, inputs: Inputs) -> None:
+    (inputs.model / "more").mkdir()
+    companions = ["chat_template.jinja", "generation_config.json", "more/notes.txt"]
+    for name in companions:
+        (inputs.model / name).write_text("of the model before")
+    quantmill("run", inputs.job, "--set", "output.max_shard_size=50kB")
+    recorded = set(json.loads((inputs.output / ".quantmill" / "files.json").read_text()))
+    assert recorded | {".quantmill/files.json", ".quantmill/lock"} == contents(inputs.output).keys()
+    assert recorded > {*companions, "README.md", "report.json", INDEX}
+    (inputs.output / "thesis.tex").write_text("years of work")
+    for name in companions:
+        (inputs.model / name).unlink()
+    quantmill("run", inputs.job, "--overwrite")
+    left = contents(inputs.output).keys()
+    assert not left & set(companions)
+    assert "thesis.tex" in left
+    assert len(list(inputs.output.glob("*.safetensors"))) == 1
+    assert not (inputs.output / "more").exists()
+
+
 @pytest.fixture
 def mount(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
     """Mounts a tmpfs with the given options; skips where that is not allowed."""

@@ -284,7 +284,7 @@ TEST(CheckpointWriter, ShardsMustBeInPlaceAtTheEnd) {
 
 TEST(PrepareOutput, OneRunAtATime) {
     const TemporaryDirectory directory;
-    auto first = prepare_output_directory(directory.path(), false);
+    auto first = prepare_output_directory(directory.path(), false, {}, {kFirstOfOne, kIndex});
     directory.write(kFirstOfOne, "written by the first");
     char host[256] = {};
     ASSERT_EQ(::gethostname(host, sizeof host - 1), 0);
@@ -389,6 +389,48 @@ TEST(PrepareOutput, OverwriteRefusesAStrangersModel) {
         prepare_output_directory(directory.path(), true);
         EXPECT_EQ(contents(directory / "thesis.tex"), "years of work");
     }
+}
+
+TEST(PrepareOutput, RemovesWhatTheLastRunWroteAndNothingElse) {
+    const TemporaryDirectory source;
+    const TemporaryDirectory output;
+    source.write("chat_template.jinja", "old");
+    source.write("more/notes.txt", "old");
+    source.write("LICENSE", "the model's");
+    output.write("thesis.tex", "years of work");
+    output.write("LICENSE", "the user's");
+    const std::vector<std::string> files = {kFirstOfOne, kIndex, "config.json", "report.json"};
+    const auto run = [&] {
+        prepare_output_directory(output.path(), true, source.path(), files);
+        copy_companion_files(source.path(), output.path());
+        for (const std::string& file : files) output.write(file, "result");
+    };
+    run();
+    output.write("report.json.partial", "");
+    output.write("more/mine.txt", "kept");
+    for (const char* name : {"chat_template.jinja", "more/notes.txt", "LICENSE"}) fs::remove(source / name);
+    prepare_output_directory(output.path(), true, source.path(), {});
+    // LICENSE was there before the first run, which only replaced it.
+    EXPECT_EQ(names_in(output.path()), (std::set<std::string>{"thesis.tex", "LICENSE", "more/mine.txt"}));
+    fs::remove(output / "more/mine.txt");
+    source.write("more/notes.txt", "new");
+    run();
+    prepare_output_directory(output.path(), true, source.path(), {});
+    EXPECT_FALSE(fs::exists(output / "more"));
+
+    // Our marker makes nobody else's weights ours.
+    output.write(kFirstOfOne, "of somebody else");
+    expect_error<BadInput>([&] { prepare_output_directory(output.path(), true); },
+                           {"did not write", kFirstOfOne});
+}
+
+TEST(PrepareOutput, RemovesNothingOutside) {
+    const TemporaryDirectory directory;
+    directory.write("precious", "kept");
+    directory.write("out/.quantmill/files.json",
+                    nlohmann::json({"../precious", (directory / "precious").string(), 3}).dump());
+    prepare_output_directory(directory / "out", true);
+    EXPECT_EQ(contents(directory / "precious"), "kept");
 }
 
 TEST(PrepareOutput, ReclaimsWhatItRemoves) {
