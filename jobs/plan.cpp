@@ -62,7 +62,10 @@ void add_output(std::string& text, const Plan& plan) {
                      plan.files.size() == 1 ? "" : "s",
                      100.0 * static_cast<double>(bytes) /
                          static_cast<double>(std::max<std::uint64_t>(plan.model.bytes, 1))),
-         fmt::format("disk: {} needed, {} free", bytes_text(plan.disk_needed), bytes_text(plan.disk_free))});
+         fmt::format("disk: {} needed, {} free{}", bytes_text(plan.disk_needed), bytes_text(plan.disk_free),
+                     plan.disk_reclaimed == 0 ? ""
+                                              : fmt::format(" once {} of an earlier run are removed",
+                                                            bytes_text(plan.disk_reclaimed)))});
 }
 
 // Ranks of which all cells but the indices read the same.

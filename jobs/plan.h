@@ -107,7 +107,9 @@ struct Plan {
     PlannedCalibration calibration;
     std::string output_directory, output_format;
     std::vector<PlannedFile> files;
-    std::uint64_t disk_needed = 0, disk_free = 0;
+    std::uint64_t disk_needed = 0;     // of the files and what is copied beside them
+    std::uint64_t disk_free = 0;       // with what is reclaimed
+    std::uint64_t disk_reclaimed = 0;  // by removing what an earlier run left
     std::vector<PlannedRank> ranks;
     std::optional<PlannedTime> time;  // none with --no-measure
     PlannedLayers layers;

@@ -1,20 +1,10 @@
 #include "pipeline/checkpoint_writer.h"
 
-#include <fcntl.h>
 #include <fmt/ranges.h>
-#include <spdlog/spdlog.h>
-#include <unistd.h>
 
 #include <algorithm>
-#include <array>
-#include <cctype>
-#include <cerrno>
-#include <cstring>
 #include <mutex>
 #include <nlohmann/json.hpp>
-#include <regex>
-#include <set>
-#include <string_view>
 #include <utility>
 
 #include "kernels/error.h"
@@ -24,10 +14,6 @@ namespace {
 
 namespace fs = std::filesystem;
 using nlohmann::json;
-
-constexpr const char* kIndexName = "model.safetensors.index.json";
-constexpr const char* kMarker = ".quantmill";
-constexpr std::array kOurConfigs = {"config.json", "quantize_config.json", "quantization_config.json"};
 
 std::uint64_t data_bytes(const StoredTensor& tensor) {
     const auto bits = safetensors_bits(tensor.dtype);
@@ -52,121 +38,6 @@ std::vector<OutputShard> split(const std::vector<StoredTensor>& tensors, std::ui
         shards.back().tensors.push_back(tensor);
     }
     return shards;
-}
-
-bool is_shard_name(const std::string& name) {
-    static const std::regex pattern(R"(model(-\d+-of-\d+)?\.safetensors(\.partial)?)");
-    return std::regex_match(name, pattern);
-}
-
-bool is_our_config(const std::string& name) {
-    return std::find(kOurConfigs.begin(), kOurConfigs.end(), name) != kOurConfigs.end();
-}
-
-// Written by this program: it left its marker, or says so in the configuration of a finished
-// checkpoint.
-bool is_ours(const fs::path& directory) {
-    if (fs::is_directory(directory / kMarker)) return true;
-    const fs::path config = directory / "quantize_config.json";
-    if (!fs::is_regular_file(config)) return false;
-    const json parsed = json::parse(read_text(config), nullptr, false);
-    const json::json_pointer quantizer("/meta/quantizer");
-    return parsed.is_object() && parsed.contains(quantizer) &&
-           parsed.at(quantizer).dump().find("quantmill") != std::string::npos;
-}
-
-// Only files that a run writes anew: whatever else the user keeps there stays.
-void remove_leftovers(const fs::path& directory) {
-    // Without its index a checkpoint is unfinished, so it must go before the first shard does.
-    fs::remove(directory / kIndexName);
-    std::vector<fs::path> leftovers;
-    for (const fs::directory_entry& entry : fs::directory_iterator(directory)) {
-        const std::string name = entry.path().filename().string();
-        const bool partial = name.ends_with(".partial") && (name == std::string(kIndexName) + ".partial" ||
-                                                            is_our_config(entry.path().stem().string()));
-        if (is_shard_name(name) || is_our_config(name) || partial) leftovers.push_back(entry.path());
-    }
-    for (const fs::path& path : leftovers) fs::remove(path);
-}
-
-void require_apart(const fs::path& directory, const fs::path& source) {
-    const fs::path output = fs::weakly_canonical(directory);
-    const fs::path model = fs::weakly_canonical(source);
-    const auto difference = std::mismatch(model.begin(), model.end(), output.begin(), output.end());
-    if (difference.first != model.end()) return;
-    throw BadInput("output directory {} is or lies in the model directory {}: choose another one",
-                   directory.string(), source.string());
-}
-
-void require_usable(const fs::path& directory, bool overwrite) {
-    if (!fs::is_directory(directory)) {
-        throw BadInput("output directory {} exists and is no directory", directory.string());
-    }
-    if (overwrite || fs::is_empty(directory)) return;
-    if (!is_ours(directory)) {
-        throw BadInput(
-            "output directory {} is not empty and was not written by quantmill: choose another "
-            "one, "
-            "or give --overwrite to put the checkpoint there all the same",
-            directory.string());
-    }
-    if (fs::exists(directory / kIndexName)) {
-        throw BadInput(
-            "output directory {} already holds a finished checkpoint: choose another one, or give "
-            "--overwrite to replace it",
-            directory.string());
-    }
-}
-
-// Weights, their indexes and archives, wherever they lie.
-bool is_weights_or_archive(const std::string& name) {
-    static constexpr std::array kEndings = {
-        ".safetensors", ".bin", ".pt", ".pth", ".ckpt",    ".gguf",       ".ggml",      ".onnx", ".onnx_data",
-        ".msgpack",     ".h5",  ".ot", ".npz", ".zip",     ".tar",        ".tgz",       ".gz",   ".bz2",
-        ".xz",          ".zst", ".7z", ".rar", ".partial", ".incomplete", ".index.json"};
-    std::string lower = name;
-    std::transform(lower.begin(), lower.end(), lower.begin(),
-                   [](unsigned char c) { return static_cast<char>(std::tolower(c)); });
-    return lower.starts_with("consolidated.") ||
-           std::any_of(kEndings.begin(), kEndings.end(),
-                       [&](const char* ending) { return lower.ends_with(ending); });
-}
-
-// Files at the top of a checkpoint that a run writes itself.
-bool is_written_by_us(const std::string& name) {
-    static const std::regex recipe(R"(recipe\.ya?ml)");
-    return is_our_config(name) || name == "README.md" || std::regex_match(name, recipe);
-}
-
-void copy_contents(const fs::path& from, const fs::path& to) {
-    const InputFile in(from);
-    OutputFile out(to);
-    std::vector<char> buffer(std::size_t{4} << 20U);
-    for (std::uint64_t offset = 0; offset < in.size();) {
-        const std::size_t bytes = std::min<std::uint64_t>(buffer.size(), in.size() - offset);
-        in.read(offset, buffer.data(), bytes);
-        out.write(offset, buffer.data(), bytes);
-        offset += bytes;
-    }
-    out.finish();
-}
-
-// `parents`: the directories above, resolved, so that a link to one of them ends.
-void copy_tree(const fs::path& from, const fs::path& to, bool top, std::set<fs::path> parents) {
-    if (!parents.insert(fs::canonical(from)).second) return;
-    for (const fs::directory_entry& entry : fs::directory_iterator(from)) {
-        const std::string name = entry.path().filename().string();
-        if (entry.is_directory()) {  // follows links
-            if (!name.starts_with(".")) copy_tree(entry.path(), to / name, false, parents);
-        } else if (is_weights_or_archive(name) || (top && is_written_by_us(name))) {
-            continue;
-        } else if (entry.is_regular_file()) {
-            fs::create_directories(to);
-            copy_contents(entry.path(), to / name);
-        } else {
-            spdlog::warn("{} is not copied: it is neither a file nor a link to one", entry.path().string());
-        }
-    }
 }
 
 }  // namespace
@@ -212,10 +83,26 @@ struct CheckpointWriter::Shard {
         bool done = false;
     };
 
-    explicit Shard(const fs::path& path) : file(path) {}
+    Shard(const fs::path& path, std::uint64_t bytes) : file(path), bytes(bytes) {}
+
+    // Nobody else may have removed or replaced it since it was finished.
+    void require_in_place() const {
+        std::error_code error;
+        const auto found = fs::file_size(file.path(), error);
+        if (error) {
+            throw InfrastructureError("{} was written and is gone ({}): does another program write there?",
+                                      file.path().string(), error.message());
+        }
+        if (found != bytes) {
+            throw InfrastructureError(
+                "{} has {} bytes, but {} were written: does another program write there?",
+                file.path().string(), found, bytes);
+        }
+    }
 
     std::mutex mutex;  // of the members below; writes themselves run beside each other
     OutputFile file;
+    std::uint64_t bytes;
     std::map<std::string, Progress> tensors;
     std::size_t missing = 0;
 };
@@ -224,7 +111,7 @@ CheckpointWriter::CheckpointWriter(fs::path directory, const std::vector<OutputS
                                    const std::vector<std::size_t>& owned) {
     for (const std::size_t index : owned) {
         const OutputShard& planned = shards.at(index);
-        auto shard = std::make_unique<Shard>(directory / planned.file_name);
+        auto shard = std::make_unique<Shard>(directory / planned.file_name, planned.bytes);
         shard->file.reserve(planned.bytes);
         shard->file.write(0, planned.header.data(), planned.header.size());
         for (const StoredTensor& tensor : planned.tensors) {
@@ -284,38 +171,15 @@ void CheckpointWriter::finish() {
         const std::lock_guard lock(shard->mutex);
         if (!shard->tensors.at(tensor).done) missing.push_back(tensor);
     }
-    if (missing.empty()) return;
+    if (missing.empty()) {
+        for (const auto& shard : shards_) shard->require_in_place();
+        return;
+    }
     constexpr std::size_t kShown = 10;
     const std::size_t count = missing.size();
     missing.resize(std::min(count, kShown));
     throw InternalError("{} output tensors were never written: {}{}", count, fmt::join(missing, ", "),
                         count > kShown ? ", …" : "");
-}
-
-void prepare_output_directory(const fs::path& directory, bool overwrite, const fs::path& source) {
-    try {
-        if (!source.empty()) require_apart(directory, source);
-        if (fs::exists(directory)) {
-            require_usable(directory, overwrite);
-            if (::faccessat(AT_FDCWD, directory.c_str(), W_OK | X_OK, AT_EACCESS) != 0) {
-                throw BadInput("output directory {} is not writable: {}", directory.string(),
-                               std::strerror(errno));
-            }
-        }
-        fs::create_directories(directory / kMarker);
-        remove_leftovers(directory);
-    } catch (const fs::filesystem_error& error) {
-        throw BadInput("cannot prepare the output directory {}: {}", directory.string(),
-                       error.code().message());
-    }
-}
-
-void copy_companion_files(const fs::path& source, const fs::path& directory) {
-    try {
-        copy_tree(source, directory, true, {});
-    } catch (const fs::filesystem_error& error) {
-        throw BadInput("cannot copy the files beside the weights of {}: {}", source.string(), error.what());
-    }
 }
 
 }  // namespace quantmill

@@ -4,7 +4,6 @@
 #include <filesystem>
 #include <map>
 #include <memory>
-#include <set>
 #include <string>
 #include <vector>
 
@@ -43,7 +42,8 @@ public:
     void write(const std::string& tensor, const void* data, std::size_t bytes);
     // A piece [offset, offset + bytes) of a tensor that is streamed; pieces come in order.
     void write_piece(const std::string& tensor, std::uint64_t offset, const void* data, std::size_t bytes);
-    // Throws InternalError naming tensors that were never written.
+    // Throws InternalError naming tensors that were never written, InfrastructureError naming a shard
+    // that is not there with its planned size.
     void finish();
 
 private:
@@ -51,16 +51,5 @@ private:
     std::vector<std::unique_ptr<Shard>> shards_;
     std::map<std::string, Shard*> shard_of_;
 };
-
-// Creates the output directory with our marker (.quantmill/) in it and removes the checkpoint files
-// that an earlier run left. Throws BadInput when it cannot be written, or is or lies in `source`;
-// without `overwrite` also when it holds a finished checkpoint of ours or anything that is not
-// ours.
-void prepare_output_directory(const std::filesystem::path& directory, bool overwrite,
-                              const std::filesystem::path& source = {});
-
-// Copies everything of the source directory but weights, indexes, archives and the configs that we
-// write (checkpoint-formats: "by exclusion"); follows symbolic links.
-void copy_companion_files(const std::filesystem::path& source, const std::filesystem::path& directory);
 
 }  // namespace quantmill

@@ -72,6 +72,13 @@ ModelCard card_of(const PreparedJob& job, const Report& report) {
 
 }  // namespace
 
+std::vector<std::string> CheckpointOutput::file_names(const PreparedJob& job) {
+    std::vector<std::string> names{"README.md",   "quantize_log.csv",     "report.json",
+                                   "config.json", "quantize_config.json", "model.safetensors.index.json"};
+    for (const OutputShard& shard : job.layout.shards) names.push_back(shard.file_name);
+    return names;
+}
+
 CheckpointOutput::CheckpointOutput(const PreparedJob& job, Control& control, Backend& backend)
     : CheckpointOutput(job, control, backend,
                        output_shards_of_rank(job.layout.shards.size(), control.rank(), control.size())) {}
@@ -169,7 +176,6 @@ void CheckpointOutput::finish(const Report& report) {
 void CheckpointOutput::write_documents(const Report& report) const {
     const std::filesystem::path& directory = job_.spec.output.directory;
     const QuantizationConfig config = config_of(job_.spec);
-    copy_companion_files(job_.spec.model, directory);
     write_text(directory / "README.md", to_markdown(card_of(job_, report), job_.spec.model));
     write_text(directory / "quantize_log.csv", to_csv(report));
     write_text(directory / "report.json", to_json(report));

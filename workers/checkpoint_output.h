@@ -22,6 +22,9 @@ public:
     // Bytes of host memory that may wait to be written.
     static constexpr std::size_t kMostWaiting = std::size_t{1} << 30U;
 
+    // What all ranks write, beside what is copied from the model.
+    static std::vector<std::string> file_names(const PreparedJob& job);
+
     CheckpointOutput(const PreparedJob& job, Control& control, Backend& backend);
     // `owned`: indices of the output shards that this rank writes.
     CheckpointOutput(const PreparedJob& job, Control& control, Backend& backend,

@@ -45,10 +45,12 @@ constexpr const char* run_help =
     "  srun --mpi=pmix quantmill run job.yaml --log-level debug\n\n";
 
 constexpr const char* plan_help =
-    "A dry run: reads headers, never weights, and prints the model, the memory of each rank, needed and "
-    "free\n"
-    "disk, which rank gets which sequences, rows and files, and an estimate of the time. Start it under the\n"
-    "same mpirun or srun as the run. Exits with 2 when the job could not run here.\n\n"
+    "A dry run: reads headers, never weights, writes nothing, and prints the model, the memory of each "
+    "rank,\n"
+    "needed and free disk, which rank gets which sequences, rows and files, and an estimate of the time.\n"
+    "Start it under the same mpirun or srun as the run. Exits with 2 when the job could not run here, be it\n"
+    "because output.directory holds a finished checkpoint: with --overwrite plan asks what run would then "
+    "do.\n\n"
     "Examples:\n"
     "  quantmill plan job.yaml\n"
     "  quantmill plan job.yaml --no-measure --set quantization.group_size=64\n"
@@ -149,10 +151,12 @@ void add_eval(CLI::App& command, EvalCommand& eval) {
 void add_commands(CLI::App& app, Parsed& parsed) {
     auto* run = app.add_subcommand("run", "Quantize a checkpoint as a job file says");
     add_job(*run, parsed.run.job, parsed.run.overrides);
-    run->add_flag("--overwrite", parsed.run.overwrite, "Replace an earlier result in output.directory");
+    run->add_flag("--overwrite", parsed.run.overwrite,
+                  "Replace an earlier result of ours in output.directory, never another model");
     auto* plan = app.add_subcommand("plan", "Show what a run would need and do, without doing it");
     add_job(*plan, parsed.plan.job, parsed.plan.overrides);
     plan->add_flag("--no-measure", parsed.no_measure, "Do not measure this machine, estimate no time");
+    plan->add_flag("--overwrite", parsed.plan.overwrite, "Plan for a run with --overwrite");
     auto* size = plan->add_option("--world-size", parsed.plan.world_size,
                                   "Plan for N ranks like this one, which need not be there")
                      ->type_name("N")

@@ -23,6 +23,7 @@ struct PlanCommand {
     std::filesystem::path job;
     std::vector<std::string> overrides;
     bool measure = true;
+    bool overwrite = false;
     std::optional<int> world_size;     // plan for that many ranks instead of those that are there
     std::optional<int> gpus_per_node;  // ranks on each of their nodes
 };

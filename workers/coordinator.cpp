@@ -194,7 +194,8 @@ void Coordinator::check() {
     control_.abort(ExitCode::infrastructure);
 }
 
-// A launcher ends all ranks when it has lost one, without a word about what that one did: say it.
+// A launcher ends all ranks when it has lost one, without a word about what that one did: say it. Of rank 0
+// two ranks say it, since one of them may be caught in a message from it.
 void Coordinator::end_from_outside() {
     const Stopwatch since;
     while (since.seconds() < kLastWords) {
@@ -211,7 +212,7 @@ void Coordinator::end_from_outside() {
         std::any_of(all.begin(), all.end(), [](const RankState& state) { return state.failed; });
     const std::size_t watched = control_.rank() == 0 ? all.size() : 1;
     for (std::size_t rank = 0; rank < watched && !explained; ++rank) {
-        if (!lost(rank, all[rank]) || control_.rank() > 1) continue;
+        if (!lost(rank, all[rank]) || control_.rank() > 2) continue;
         spdlog::error("{} was lost: killed, or its host is gone. Last seen: {}", place(rank, all[rank]),
                       all[rank].doing);
     }

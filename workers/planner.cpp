@@ -3,9 +3,11 @@
 #include <algorithm>
 #include <cmath>
 
+#include "jobs/text.h"
 #include "pipeline/gptq_solver.h"
 #include "pipeline/hessian.h"
 #include "pipeline/model_card.h"
+#include "pipeline/output_directory.h"
 #include "pipeline/stopwatch.h"
 #include "workers/calibration_batches.h"
 #include "workers/checkpoint_output.h"
@@ -341,6 +343,20 @@ void find_obstacles(const PreparedJob& job, Plan& plan) {
     }
 }
 
+// What rank 0, which will prepare the output directory, has against it.
+void find_output_obstacle(const PreparedJob& job, Control& control, bool overwrite, Plan& plan) {
+    std::string obstacle;
+    if (control.rank() == 0) {
+        try {
+            check_output_directory(job.spec.output.directory, overwrite, job.spec.model);
+        } catch (const BadInput& error) {
+            obstacle = error.what();
+        }
+    }
+    obstacle = control.broadcast(obstacle, 0);
+    if (!obstacle.empty()) plan.problems.push_back(obstacle);
+}
+
 void find_warnings(const PreparedJob& job, Plan& plan) {
     const QuantizationSpec& spec = job.spec.quantization;
     if (!spec.sym) {
@@ -370,9 +386,12 @@ void find_warnings(const PreparedJob& job, Plan& plan) {
 
 void find_shortages(Plan& plan, bool on_device) {
     if (plan.disk_needed > plan.disk_free) {
-        plan.problems.push_back(fmt::format(
-            "output.directory {}: the checkpoint needs {:.2f} GB, {:.2f} GB are free", plan.output_directory,
-            static_cast<double>(plan.disk_needed) * 1e-9, static_cast<double>(plan.disk_free) * 1e-9));
+        plan.problems.push_back(
+            fmt::format("output.directory {}: the checkpoint needs {} of disk, {} are free: free at least {} "
+                        "there, or choose "
+                        "another one",
+                        plan.output_directory, bytes_text(plan.disk_needed), bytes_text(plan.disk_free),
+                        bytes_text(plan.disk_needed - plan.disk_free)));
     }
     for (const PlannedRank& rank : plan.ranks) {
         if (const std::uint64_t needed = total_memory(rank); needed > rank.free_memory) {
@@ -398,7 +417,7 @@ void find_shortages(Plan& plan, bool on_device) {
 }  // namespace
 
 Plan make_plan(const PreparedJob& job, Control& control, Backend& backend, const std::string& communicator,
-               bool measure, const std::optional<World>& imagined) {
+               bool measure, bool overwrite, const std::optional<World>& imagined) {
     const World world = imagined ? *imagined : gather_world(control, backend);
     const LayerPlan layers = layers_of(job, world, backend);
     const std::vector<int> writers = writers_of_files(job, world, layers, backend);
@@ -414,8 +433,9 @@ Plan make_plan(const PreparedJob& job, Control& control, Backend& backend, const
         const OutputShard& shard = job.layout.shards[i];
         plan.files.push_back({shard.file_name, shard.bytes, writers[i]});
     }
-    plan.disk_needed = job.layout.total_bytes();
-    plan.disk_free = free_disk(job.spec.output.directory);
+    plan.disk_needed = job.layout.total_bytes() + companion_bytes(job.spec.model);
+    plan.disk_reclaimed = reclaimed_bytes(job.spec.output.directory);
+    plan.disk_free = free_disk(job.spec.output.directory) + plan.disk_reclaimed;
     plan.ranks = describe_ranks(job, backend, world, layers, writers);
     const double gflops = measure ? measure_gflops(job.graph, control, backend) : 1.0;
     Forecast expected =
@@ -429,6 +449,7 @@ Plan make_plan(const PreparedJob& job, Control& control, Backend& backend, const
         plan.time->gflops = gflops;
     }
     find_obstacles(job, plan);
+    find_output_obstacle(job, control, overwrite, plan);
     find_warnings(job, plan);
     find_shortages(plan, !backend.host_memory());
     return plan;

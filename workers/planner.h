@@ -8,9 +8,9 @@
 namespace quantmill {
 
 // Works out who does what, what it takes and what speaks against it. Collective. `measure` times a matrix
-// product on every rank for half a second to predict the run time. `imagined`: ranks to plan for instead of
-// those that are there.
+// product on every rank for half a second to predict the run time. `overwrite`: the run may replace a result.
+// `imagined`: ranks to plan for instead of those that are there.
 Plan make_plan(const PreparedJob& job, Control& control, Backend& backend, const std::string& communicator,
-               bool measure, const std::optional<World>& imagined = std::nullopt);
+               bool measure, bool overwrite = false, const std::optional<World>& imagined = std::nullopt);
 
 }  // namespace quantmill

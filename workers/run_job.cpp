@@ -5,6 +5,8 @@
 
 #include "jobs/text.h"
 #include "kernels/make_backend.h"
+#include "pipeline/output_directory.h"
+#include "workers/checkpoint_output.h"
 #include "workers/execute_job.h"
 #include "workers/job_report.h"
 #include "workers/layer_planner.h"
@@ -21,24 +23,41 @@ void refuse_problems(const Plan& plan) {
     throw BadInput("the job cannot run:\n  {}", fmt::join(plan.problems, "\n  "));
 }
 
-// Rank 0 prepares the directories before any rank writes to them.
-void claim_output_directories(const std::vector<PreparedJob>& jobs, bool overwrite, Control& control) {
+using OutputLocks = std::vector<std::unique_ptr<OutputLock>>;
+
+// Rank 0 prepares the directories before any rank writes to them, and holds them. What is only copied comes
+// first: what is wrong with it shows now.
+OutputLocks claim_output_directories(const std::vector<PreparedJob>& jobs, bool overwrite, Control& control) {
+    OutputLocks locks;
     if (control.rank() == 0) {
         for (const PreparedJob& job : jobs) {
-            prepare_output_directory(job.spec.output.directory, overwrite, job.spec.model);
+            const JobSpec& spec = job.spec;
+            locks.push_back(prepare_output_directory(spec.output.directory, overwrite, spec.model,
+                                                     CheckpointOutput::file_names(job)));
+            copy_companion_files(spec.model, spec.output.directory);
         }
     }
     control.barrier();
+    return locks;
 }
 
 // The plan of a job and of all its checkpoints.
 Plan plan_of(const std::vector<PreparedJob>& jobs, Control& control, Backend& backend,
-             const std::string& communicator, bool measure, const World& world) {
-    Plan plan = make_plan(jobs.front(), control, backend, communicator, measure, world);
+             const std::string& communicator, bool measure, bool overwrite, const World& world) {
+    Plan plan = make_plan(jobs.front(), control, backend, communicator, measure, overwrite, world);
     for (std::size_t o = 1; o < jobs.size(); ++o) {
-        const Plan more = make_plan(jobs[o], control, backend, communicator, false, world);
+        const Plan more = make_plan(jobs[o], control, backend, communicator, false, overwrite, world);
         plan.problems.insert(plan.problems.end(), more.problems.begin(), more.problems.end());
         plan.warnings.insert(plan.warnings.end(), more.warnings.begin(), more.warnings.end());
+        plan.disk_needed += more.disk_needed;
+        plan.disk_reclaimed += more.disk_reclaimed;
+        plan.disk_free += more.disk_reclaimed;
+    }
+    if (jobs.size() > 1 && plan.disk_needed > plan.disk_free) {
+        // Not a refusal: the directories may lie on different disks.
+        plan.warnings.push_back(
+            fmt::format("the {} outputs need {} of disk together, {} are free where {} lies", jobs.size(),
+                        bytes_text(plan.disk_needed), bytes_text(plan.disk_free), plan.output_directory));
     }
     return plan;
 }
@@ -69,7 +88,8 @@ void plan_job(const PlanCommand& command, Control& control) {
         world = imagine_world(*command.world_size, command.gpus_per_node.value_or(*command.world_size), world,
                               backend->host_memory());
     }
-    Plan plan = plan_of(jobs, control, *backend, communicator->name(), command.measure, world);
+    Plan plan =
+        plan_of(jobs, control, *backend, communicator->name(), command.measure, command.overwrite, world);
     plan.job = command.job.string();
     if (control.rank() == 0) fmt::print("{}", to_text(plan));
     if (!plan.problems.empty()) throw BadInput("`run` would refuse this job: see the problems above");
@@ -83,12 +103,12 @@ void run_job(const RunCommand& command, Control& control) {
     const bool original = job.spec.quantization.propagate == "original";
     const std::string communicator = make_communicator(compute.communicator, control, *backend)->name();
     const World world = gather_world(control, *backend);
-    const Plan plan = plan_of(jobs, control, *backend, communicator, true, world);
+    const Plan plan = plan_of(jobs, control, *backend, communicator, true, command.overwrite, world);
     const double expected_seconds = plan.time ? plan.time->total() : 0.0;
     if (control.rank() == 0) refuse_problems(plan);
     control.barrier();
     require_hessian_stores(job, control);
-    claim_output_directories(jobs, command.overwrite, control);
+    const OutputLocks locks = claim_output_directories(jobs, command.overwrite, control);
     spdlog::info("{}: {} blocks, {} sequences, {} on {} rank(s), {}; about {}", job.graph.architecture,
                  job.graph.blocks, job.calibration.sequences.size(), plan.quantization.scheme, control.size(),
                  backend->description(), seconds_text(expected_seconds));

@@ -1,7 +1,9 @@
 """Whatever is wrong with the input, the program ends with code 2, says what, and leaves no half of a result."""
 
+import fcntl
 import json
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
@@ -145,6 +147,8 @@ EARLY: dict[str, tuple[Callable[[Inputs], object], list[str]]] = {
     "value out of range": (lambda i: i.spec("quantization", bits=5), ["job.yaml:", "quantization.bits", "5", "2 | 3 | 4 | 8"]),
     "width not divided": (lambda i: i.spec("quantization", group_size=64), ["mlp.down_proj", "96", "group_size", "vLLM", "allow_unservable"]),
     "asymmetric v1": (lambda i: i.spec("quantization", sym=False), ["gptq_v2"]),
+    "output below a file": (lambda i: i.spec("output", directory=str(i.store / "out")), ["output directory", "calib.h5 is no directory"]),
+    "output is the model": (lambda i: i.spec("output", directory=str(i.model)), ["output directory", "model directory"]),
     "output in the model": (lambda i: i.spec("output", directory=str(i.model / "out")), ["output directory", "model directory"]),
 }
 
@@ -187,8 +191,7 @@ def test_found_before_anything_is_written(quantmill: Run, inputs: Inputs, finish
     damage(inputs)
     check(quantmill("run", inputs.job, "--overwrite", code=2), parts)
     assert contents(inputs.output) == finished  # --overwrite or not: a good result goes only when a run can start
-    if name != "output in the model":  # plan has no flag --overwrite, so it does not judge what is there
-        check(quantmill("plan", inputs.job, "--no-measure", code=2), parts)
+    check(quantmill("plan", inputs.job, "--no-measure", "--overwrite", code=2), parts)
 
 
 # Values are read during the run, each by one rank.
@@ -234,12 +237,59 @@ def test_output_that_is_not_ours(quantmill: Run, inputs: Inputs, finished: dict[
     assert contents(inputs.output).keys() == finished.keys() | {"thesis.tex"}
 
 
+def test_output_that_holds_another_model(quantmill: Run, inputs: Inputs) -> None:
+    shutil.copytree(inputs.model, inputs.output)
+    before = contents(inputs.output)
+    for words in ([], ["--overwrite"]):
+        check(quantmill("run", inputs.job, *words, code=2), [str(inputs.output), "did not write", "config.json"])
+    assert contents(inputs.output) == before
+
+
 def test_output_that_is_finished(quantmill: Run, inputs: Inputs, finished: dict[str, bytes]) -> None:
     put_finished(inputs.output, finished)
-    check(quantmill("run", inputs.job, "--set", "quantization.bits=8", code=2), [str(inputs.output), "--overwrite"])
+    for command in (["run"], ["plan", "--no-measure"]):
+        check(quantmill(*command, inputs.job, "--set", "quantization.bits=8", code=2), [str(inputs.output), "--overwrite"])
+    quantmill("plan", "--no-measure", inputs.job, "--overwrite")
     assert contents(inputs.output) == finished
     quantmill("run", inputs.job, "--set", "quantization.bits=8", "--overwrite")
     assert json.loads((inputs.output / "config.json").read_text())["quantization_config"]["bits"] == 8
+
+
+def test_two_runs_into_one_directory(quantmill: Run, inputs: Inputs, finished: dict[str, bytes]) -> None:
+    """The lock of a run that goes on holds others off; that of one that died does not."""
+    lock = inputs.output / ".quantmill" / "lock"
+    lock.parent.mkdir(parents=True)
+    (inputs.output / SHARDS[0]).write_text("of the other run")
+    with lock.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        file.write("process 17 on node3")
+        file.flush()
+        before = contents(inputs.output)
+        for words in ([], ["--overwrite"]):
+            check(quantmill("run", inputs.job, *words, code=2), [str(inputs.output), "process 17 on node3"])
+        assert contents(inputs.output) == before
+    quantmill("run", inputs.job, ranks=2)
+    assert contents(inputs.output).keys() == finished.keys()
+
+
+def test_overwrite_leaves_nothing_of_the_result_before(quantmill: Run, inputs: Inputs) -> None:
+    (inputs.model / "more").mkdir()
+    companions = ["chat_template.jinja", "generation_config.json", "more/notes.txt"]
+    for name in companions:
+        (inputs.model / name).write_text("of the model before")
+    quantmill("run", inputs.job, "--set", "output.max_shard_size=50kB")
+    recorded = set(json.loads((inputs.output / ".quantmill" / "files.json").read_text()))
+    assert recorded | {".quantmill/files.json", ".quantmill/lock"} == contents(inputs.output).keys()
+    assert recorded > {*companions, "README.md", "report.json", INDEX}
+    (inputs.output / "thesis.tex").write_text("years of work")
+    for name in companions:
+        (inputs.model / name).unlink()
+    quantmill("run", inputs.job, "--overwrite")
+    left = contents(inputs.output).keys()
+    assert not left & set(companions)
+    assert "thesis.tex" in left
+    assert len(list(inputs.output.glob("*.safetensors"))) == 1
+    assert not (inputs.output / "more").exists()
 
 
 @pytest.fixture
@@ -277,17 +327,40 @@ def test_disk_too_small(quantmill: Run, inputs: Inputs, mount: Callable[[str], P
     output = mount("size=64k") / "out"
     for command in (["run"], ["plan", "--no-measure"]):
         done = quantmill(*command, inputs.job, "--set", f"output.directory={output}", code=2)
-        assert "GB are free" in done.stdout + done.stderr
+        assert re.search(r"needs [\d.]+ kB of disk, 65.5 kB are free: free at least [\d.]+ kB", done.stdout + done.stderr)
     assert not output.exists()
 
 
-def test_disk_that_fills_up(quantmill: Run, inputs: Inputs, mount: Callable[[str], Path]) -> None:
-    """The planned shards fit, but a large file that comes along does not."""
+def test_disk_too_small_for_companions(quantmill: Run, inputs: Inputs, mount: Callable[[str], Path]) -> None:
     (inputs.model / "appendix.pdf").write_bytes(bytes(2_000_000))
     output = mount("size=1500k") / "out"
+    for command in (["run"], ["plan", "--no-measure"]):
+        done = quantmill(*command, inputs.job, "--set", f"output.directory={output}", code=2)
+        check(done, ["of disk", "1.54 MB are free"])
+    assert not output.exists()
+
+
+def test_disk_that_only_holds_one_result(quantmill: Run, inputs: Inputs, mount: Callable[[str], Path]) -> None:
+    """What the run will remove counts as free."""
+    output = mount("size=220k") / "out"
+    settings = ["--set", f"output.directory={output}"]
+    quantmill("run", inputs.job, *settings)
+    room = os.statvfs(output)
+    assert room.f_bavail * room.f_bsize < sum(file.stat().st_size for file in output.glob("*.safetensors"))
+    assert "of an earlier run are removed" in quantmill("plan", "--no-measure", inputs.job, *settings, "--overwrite").stdout
+    quantmill("run", inputs.job, *settings, "--overwrite")
+
+
+def test_disk_that_fills_up(quantmill: Run, inputs: Inputs, mount: Callable[[str], Path]) -> None:
+    """The bytes fit, but not as many files as come along: found before the first block."""
+    (inputs.model / "more").mkdir()
+    for page in range(20):
+        (inputs.model / "more" / f"{page}.txt").write_text("page")
+    output = mount("size=10m,nr_inodes=12") / "out"
     done = quantmill("run", inputs.job, "--set", f"output.directory={output}", code=75)
-    check(done, [str(output / "appendix.pdf"), "No space left", "bytes were wanted"])
+    check(done, [str(output / "more"), "No space left", "bytes were wanted"])
     assert_unfinished(output)
+    assert not list(output.glob("*.safetensors"))
 
 
 def test_lone_processes(quantmill: Run, inputs: Inputs) -> None:

@@ -62,6 +62,11 @@ TEST(Plan, TextTellsWhatDecides) {
     expect_line(text, "               128 sequences of up to 2048 tokens, 262 k tokens in all");
     expect_line(text, "               39.8 GB in 8 files, 28.2% of the model's size");
     expect_line(text, "               disk: 39.8 GB needed, 1.20 TB free");
+    auto again = large_plan(8);
+    again.disk_reclaimed = 39'900'000'000;
+    expect_line(
+        to_text(again),
+        "               disk: 39.8 GB needed, 1.20 TB free once 39.9 GB of an earlier run are removed");
     expect_line(text, "Time           about 11 min, at 421 TFLOP/s a rank as measured now");
     expect_line(text, "  2.10 GB  embeddings");
     expect_line(text, "  8.11 GB  together; 78.0 GB free");

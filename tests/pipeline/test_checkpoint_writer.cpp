@@ -1,6 +1,7 @@
 #include <fcntl.h>
 #include <fmt/ranges.h>
 #include <gtest/gtest.h>
+#include <sys/file.h>
 #include <sys/mount.h>
 #include <unistd.h>
 
@@ -12,6 +13,7 @@
 
 #include "pipeline/checkpoint_reader.h"
 #include "pipeline/checkpoint_writer.h"
+#include "pipeline/output_directory.h"
 #include "tests/pipeline/capture_log.h"
 #include "tests/pipeline/expect_error.h"
 #include "tests/pipeline/temporary_directory.h"
@@ -32,7 +34,8 @@ constexpr const char* kFirstOfOne = "model-00001-of-00001.safetensors";
 std::set<std::string> names_in(const fs::path& directory) {
     std::set<std::string> names;
     for (const auto& entry : fs::recursive_directory_iterator(directory)) {
-        if (!entry.is_directory()) names.insert(entry.path().lexically_relative(directory).string());
+        if (!entry.is_directory() && entry.path().parent_path() != directory / ".quantmill")
+            names.insert(entry.path().lexically_relative(directory).string());
     }
     return names;
 }
@@ -266,6 +269,38 @@ TEST(CheckpointWriter, AFullDiskShowsBeforeTheFirstTensor) {
     ::umount(directory.path().c_str());
 }
 
+TEST(CheckpointWriter, ShardsMustBeInPlaceAtTheEnd) {
+    const TemporaryDirectory directory;
+    const auto shards = layout_shards({{"a", "U8", {3}}}, 10'000);
+    CheckpointWriter writer(directory.path(), shards, {0});
+    writer.write("a", "123", 3);
+    writer.finish();
+    fs::resize_file(directory / kFirstOfOne, shards[0].bytes - 1);
+    expect_error<InfrastructureError>([&] { writer.finish(); },
+                                      {kFirstOfOne, std::to_string(shards[0].bytes), "another program"});
+    fs::remove(directory / kFirstOfOne);
+    expect_error<InfrastructureError>([&] { writer.finish(); }, {kFirstOfOne, "is gone"});
+}
+
+TEST(PrepareOutput, OneRunAtATime) {
+    const TemporaryDirectory directory;
+    auto first = prepare_output_directory(directory.path(), false, {}, {kFirstOfOne, kIndex});
+    directory.write(kFirstOfOne, "written by the first");
+    char host[256] = {};
+    ASSERT_EQ(::gethostname(host, sizeof host - 1), 0);
+    for (const bool overwrite : {false, true}) {
+        expect_error<BadInput>(
+            [&] { prepare_output_directory(directory.path(), overwrite); },
+            {directory.path().string(), "another run", fmt::format("process {} on {}", ::getpid(), host)});
+    }
+    EXPECT_EQ(contents(directory / kFirstOfOne), "written by the first");
+    directory.write(kIndex, "{}");
+    first.reset();
+    EXPECT_EQ(contents(directory / ".quantmill/lock"), "");
+    expect_error<BadInput>([&] { prepare_output_directory(directory.path(), false); }, {"finished"});
+    EXPECT_NE(prepare_output_directory(directory.path(), true), nullptr);
+}
+
 TEST(PrepareOutput, MakesTheDirectoryAndItsMarker) {
     const TemporaryDirectory directory;
     prepare_output_directory(directory / "deep/out", false);
@@ -281,10 +316,12 @@ TEST(PrepareOutput, RefusesWhatIsNotOurs) {
     directory.write("out/thesis.tex", "years of work");
     expect_error<BadInput>([&] { prepare_output_directory(directory / "out", false); },
                            {(directory / "out").string(), "not empty", "--overwrite"});
-    directory.write("out/quantize_config.json", R"({"meta":{"quantizer":["gptqmodel:7.7.0"]}})");
-    EXPECT_THROW(prepare_output_directory(directory / "out", false), BadInput);
-    directory.write("out/quantize_config.json", "quantmill");
-    EXPECT_THROW(prepare_output_directory(directory / "out", false), BadInput);
+    for (const bool overwrite : {false, true}) {
+        directory.write("out/quantize_config.json", R"({"meta":{"quantizer":["gptqmodel:7.7.0"]}})");
+        EXPECT_THROW(prepare_output_directory(directory / "out", overwrite), BadInput);
+        directory.write("out/quantize_config.json", "quantmill");
+        EXPECT_THROW(prepare_output_directory(directory / "out", overwrite), BadInput);
+    }
     EXPECT_FALSE(fs::exists(directory / "out/.quantmill"));
     directory.write("file", "");
     expect_error<BadInput>([&] { prepare_output_directory(directory / "file", true); }, {"no directory"});
@@ -320,8 +357,8 @@ TEST(PrepareOutput, CleansWhatAnUnfinishedRunLeft) {
     directory.write("sub/model-00001-of-00003.safetensors", "kept");
     prepare_output_directory(directory.path(), false);
     EXPECT_EQ(names_in(directory.path()),
-              (std::set<std::string>{".quantmill/journal", "tokenizer.json", "notes.partial",
-                                     "my-model.safetensors", "sub/model-00001-of-00003.safetensors"}));
+              (std::set<std::string>{"tokenizer.json", "notes.partial", "my-model.safetensors",
+                                     "sub/model-00001-of-00003.safetensors"}));
 }
 
 TEST(PrepareOutput, OverwriteRemovesOnlyWhatARunWrites) {
@@ -332,9 +369,81 @@ TEST(PrepareOutput, OverwriteRemovesOnlyWhatARunWrites) {
     directory.write(kFirstOfOne, "");
     directory.write(kIndex, "");
     directory.write("config.json", "");
+    directory.write("quantize_config.json", R"({"meta":{"quantizer":["quantmill:0.1.0"]}})");
     prepare_output_directory(directory.path(), true);
     EXPECT_EQ(names_in(directory.path()), (std::set<std::string>{"thesis.tex", "pytorch_model.bin"}));
     EXPECT_TRUE(fs::is_directory(directory / ".quantmill"));
+}
+
+TEST(PrepareOutput, OverwriteRefusesAStrangersModel) {
+    for (const char* name : {"model.safetensors", kFirstOfOne, kIndex, "config.json", "quantize_config.json",
+                             "model-00002-of-00003.safetensors.partial"}) {
+        const TemporaryDirectory directory;
+        directory.write("thesis.tex", "years of work");
+        directory.write(name, "of somebody else");
+        expect_error<BadInput>([&] { prepare_output_directory(directory.path(), true); },
+                               {directory.path().string(), "did not write", name});
+        EXPECT_EQ(contents(directory / name), "of somebody else");
+        EXPECT_FALSE(fs::exists(directory / ".quantmill"));
+        fs::remove(directory / name);
+        prepare_output_directory(directory.path(), true);
+        EXPECT_EQ(contents(directory / "thesis.tex"), "years of work");
+    }
+}
+
+TEST(PrepareOutput, RemovesWhatTheLastRunWroteAndNothingElse) {
+    const TemporaryDirectory source;
+    const TemporaryDirectory output;
+    source.write("chat_template.jinja", "old");
+    source.write("more/notes.txt", "old");
+    source.write("LICENSE", "the model's");
+    output.write("thesis.tex", "years of work");
+    output.write("LICENSE", "the user's");
+    const std::vector<std::string> files = {kFirstOfOne, kIndex, "config.json", "report.json"};
+    const auto run = [&] {
+        prepare_output_directory(output.path(), true, source.path(), files);
+        copy_companion_files(source.path(), output.path());
+        for (const std::string& file : files) output.write(file, "result");
+    };
+    run();
+    output.write("report.json.partial", "");
+    output.write("more/mine.txt", "kept");
+    for (const char* name : {"chat_template.jinja", "more/notes.txt", "LICENSE"}) fs::remove(source / name);
+    prepare_output_directory(output.path(), true, source.path(), {});
+    // LICENSE was there before the first run, which only replaced it.
+    EXPECT_EQ(names_in(output.path()), (std::set<std::string>{"thesis.tex", "LICENSE", "more/mine.txt"}));
+    fs::remove(output / "more/mine.txt");
+    source.write("more/notes.txt", "new");
+    run();
+    prepare_output_directory(output.path(), true, source.path(), {});
+    EXPECT_FALSE(fs::exists(output / "more"));
+
+    // Our marker makes nobody else's weights ours.
+    output.write(kFirstOfOne, "of somebody else");
+    expect_error<BadInput>([&] { prepare_output_directory(output.path(), true); },
+                           {"did not write", kFirstOfOne});
+}
+
+TEST(PrepareOutput, RemovesNothingOutside) {
+    const TemporaryDirectory directory;
+    directory.write("precious", "kept");
+    directory.write("out/.quantmill/files.json",
+                    nlohmann::json({"../precious", (directory / "precious").string(), 3}).dump());
+    prepare_output_directory(directory / "out", true);
+    EXPECT_EQ(contents(directory / "precious"), "kept");
+}
+
+TEST(PrepareOutput, ReclaimsWhatItRemoves) {
+    const TemporaryDirectory directory;
+    EXPECT_EQ(reclaimed_bytes(directory / "none"), 0U);
+    directory.write(kFirstOfOne, std::string(1'000'000, 'x'));
+    EXPECT_EQ(reclaimed_bytes(directory.path()), 0U);  // not ours, so it stays
+    directory.write(".quantmill/lock", "");
+    directory.write("thesis.tex", std::string(1'000'000, 'x'));
+    EXPECT_GE(reclaimed_bytes(directory.path()), 1'000'000U);
+    EXPECT_LT(reclaimed_bytes(directory.path()), 1'200'000U);  // whole blocks of the file system
+    fs::create_hard_link(directory / kFirstOfOne, directory / "kept");
+    EXPECT_EQ(reclaimed_bytes(directory.path()), 0U);
 }
 
 TEST(PrepareOutput, NeverTouchesTheModel) {
@@ -424,6 +533,9 @@ TEST(CopyCompanions, CopiesByExclusion) {
     for (const auto& names : {copied, left}) {
         for (const std::string& name : names) source.write(name, "content of " + name);
     }
+    std::uint64_t bytes = 0;
+    for (const std::string& name : copied) bytes += contents(source / name).size();
+    EXPECT_EQ(companion_bytes(source.path()), bytes);
     copy_companion_files(source.path(), output.path());
     EXPECT_EQ(names_in(output.path()), copied);
     for (const std::string& name : copied) EXPECT_EQ(contents(output / name), "content of " + name);
@@ -440,6 +552,7 @@ TEST(CopyCompanions, FollowsLinksAndEndsAtLoops) {
     fs::create_directory_symlink(cache / "shared", source / "extra");
     fs::create_directory_symlink(source.path(), cache / "shared/loop");
     fs::create_symlink(cache / "gone", source / "vocab.json");
+    EXPECT_EQ(companion_bytes(source.path()), std::strlen("tokens") + std::strlen("a"));
     const CaptureLog log;
     copy_companion_files(source.path(), output.path());
     EXPECT_EQ(names_in(output.path()), (std::set<std::string>{"tokenizer.json", "extra/a.txt"}));

@@ -47,6 +47,8 @@ TEST_F(Cli, Plan) {
               (std::vector<std::string>{"quantization.bits=3"}));
     EXPECT_TRUE(std::get<PlanCommand>(plain.command).measure);
     EXPECT_FALSE(std::get<PlanCommand>(parse({"plan", "job.yaml", "--no-measure"}).command).measure);
+    EXPECT_FALSE(std::get<PlanCommand>(plain.command).overwrite);
+    EXPECT_TRUE(std::get<PlanCommand>(parse({"plan", "job.yaml", "--overwrite"}).command).overwrite);
 }
 
 TEST_F(Cli, Eval) {
@@ -85,7 +87,7 @@ TEST_F(Cli, MistakesEndWithTwoAndNameTheRemedy) {
         {{"run", "a.yaml", "b.yaml"}, "b.yaml"},
         {{"run", "a.yaml", "--overwite"}, "--overwite"},
         {{"run", "a.yaml", "--log-level", "loud"}, "loud"},
-        {{"plan", "a.yaml", "--overwrite"}, "--overwrite"},
+        {{"plan", "a.yaml", "--overwite"}, "--overwite"},
         {{"eval", "--model", "m"}, "--tokens is required"},
         {{"eval", "--model", "m", "--tokens", "t", "--sequences", "0"}, "--sequences"},
         {{"eval", "--model", "m", "--tokens", "t", "--sequence-length", "ten"}, "--sequence-length"},

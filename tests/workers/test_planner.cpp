@@ -19,7 +19,7 @@ class Planner : public ::testing::Test {
 protected:
     Planner() : control_(make_control(false)), backend_(make_backend("cpu", 0)) {
         spec_.model = directory_.path();
-        spec_.output.directory = directory_ / "out";
+        spec_.output.directory = output_ / "out";
         spec_.output.max_shard_size = 20'000;
         spec_.quantization.group_size = 32;
     }
@@ -45,7 +45,7 @@ protected:
     std::string problems() { return fmt::format("{}", fmt::join(plan(job()).problems, "\n")); }
     std::string warnings() { return fmt::format("{}", fmt::join(plan(job()).warnings, "\n")); }
 
-    TemporaryDirectory directory_;
+    TemporaryDirectory directory_, output_;  // the model's, the result's
     nlohmann::json config_ = tiny_config("LlamaForCausalLM");
     JobSpec spec_;
     std::unique_ptr<Control> control_;
@@ -83,6 +83,15 @@ TEST_F(Planner, DescribesModelJobAndFiles) {
         bytes += plan.files[i].bytes;
     }
     EXPECT_EQ(plan.disk_needed, bytes);
+    EXPECT_EQ(plan.disk_reclaimed, 0U);
+    directory_.write("more/appendix.pdf", std::string(5000, 'x'));
+    directory_.write("pytorch_model.bin", "is not copied");
+    output_.write("out/.quantmill/lock", "");
+    output_.write("out/model-00001-of-00009.safetensors.partial", std::string(100'000, 'x'));
+    const Plan again = this->plan(prepared);
+    EXPECT_EQ(again.disk_needed, bytes + 5000);
+    EXPECT_GE(again.disk_reclaimed, 100'000U);
+    EXPECT_GE(again.disk_free, again.disk_reclaimed);
     ASSERT_EQ(plan.ranks.size(), 1U);
     EXPECT_EQ(plan.ranks[0].sequences, 5);
     EXPECT_EQ(plan.ranks[0].rows, (std::vector<std::int64_t>{128, 64, 192, 64}));
@@ -134,6 +143,30 @@ TEST_F(Planner, WhatTheFormatCannotHold) {
     config_["intermediate_size"] = 100;
     EXPECT_TRUE(contains(problems(), "mlp.down_proj: its 100 columns are not a multiple of 32"))
         << problems();
+}
+
+TEST_F(Planner, OutputDirectoryThatARunWouldRefuse) {
+    const auto problems_with = [&](bool overwrite) {
+        const Plan plan = make_plan(job(), *control_, *backend_, "mpi", false, overwrite);
+        return fmt::format("{}", fmt::join(plan.problems, "\n"));
+    };
+    output_.write("out/.quantmill/lock", "");
+    EXPECT_EQ(problems_with(false), "");  // begun
+    output_.write("out/model.safetensors.index.json", "{}");
+    EXPECT_TRUE(contains(problems_with(false), "finished checkpoint"));
+    EXPECT_EQ(problems_with(true), "");
+    EXPECT_TRUE(std::filesystem::exists(output_ / "out/model.safetensors.index.json"));
+    output_.write("file", "");
+    spec_.output.directory = output_ / "file/out";
+    EXPECT_TRUE(contains(problems_with(true), (output_ / "file").string() + " is no directory"));
+    output_.write("other/model.safetensors", "of somebody else");
+    spec_.output.directory = output_ / "other";
+    EXPECT_TRUE(contains(problems_with(true), "did not write"));
+    spec_.output.directory = directory_.path();
+    EXPECT_TRUE(contains(problems_with(true), "model directory"));
+    spec_.output.directory = output_ / "new/out";
+    EXPECT_EQ(problems_with(false), "");
+    EXPECT_FALSE(std::filesystem::exists(output_ / "new"));
 }
 
 TEST_F(Planner, Warnings) {
