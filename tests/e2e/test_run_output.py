@@ -208,6 +208,8 @@ def test_model_card(result: Result) -> None:
     assert "gptq" in card["tags"]
     assert f"| bits | {result.quantization['bits']} |" in body
     assert "| sequences | 11 |" in body
+    assert "| sequence_length, longest | 50 |" in body
+    assert "| damp_auto_increment | 0.01 |" in body
     for private in (str(result.model.parents[3]), "/tmp", "/root", "0123abc", "calib.h5", "OMPI_", "PATH"):
         assert private not in text
 
