@@ -130,7 +130,8 @@ std::string base_model_name(const std::filesystem::path& model_directory) {
         if (const std::string id = id_of_hub_cache(path); !id.empty()) return id;
     }
     // A directory may bear any name, but one that a document of the model bears out is the model's.
-    const std::string name = directory_name(directory), target = directory_name(resolved);
+    const std::string target = directory_name(resolved);
+    std::string name = directory_name(directory);
     for (const std::string& id : ids_in_documents(resolved)) {
         const std::string last = id.substr(id.rfind('/') + 1);
         if (last == name || last == target || is_commit(name)) return id;

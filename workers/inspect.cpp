@@ -105,7 +105,7 @@ std::string inspect_checkpoint(const std::filesystem::path& directory) {
     const std::optional<GptqScheme> scheme = scheme_of(reader);
     std::map<std::string, Row> rows;
     for (const auto& [name, tensor] : reader.tensors()) {
-        if (name.ends_with(kQweight)) {
+        if (scheme && name.ends_with(kQweight)) {
             const std::string prefix = name.substr(0, name.size() - kQweight.size());
             add(rows, prefix, row_of_linear(reader, prefix, *scheme));
         } else if (!belongs_to_quantized(reader, name)) {

@@ -41,6 +41,7 @@ bool made_by_us(const nlohmann::json& meta) {
 
 // What quantization_config promises of the tensors, beside the scheme.
 struct Promises {
+    bool quantized = false;  // of a plain checkpoint the rest means nothing
     GptqScheme scheme;
     bool desc_act = false;
     bool lm_head = false;
@@ -54,7 +55,8 @@ Promises promises_of(const nlohmann::json& config, const GptqScheme& scheme) {
     const nlohmann::json meta =
         found != config.end() && found->is_object() ? *found : nlohmann::json::object();
     const auto names_some = [&](const char* key) { return config.contains(key) && !config.at(key).empty(); };
-    return {scheme,
+    return {true,
+            scheme,
             is_true(config, "desc_act"),
             is_true(config, "lm_head"),
             names_some("dynamic") || names_some("modules_in_block_to_quantize"),
@@ -140,15 +142,15 @@ public:
         for (const auto& [name, tensor] : reader_.tensors()) check_finite(tensor);
         for (const auto& [prefix, matrix] : quantized_) {
             const GptqScheme scheme = scheme_for(matrix);
-            check_scales(reader_, reader_.find(prefix + ".scales"), *promises_);
+            check_scales(reader_, reader_.find(prefix + ".scales"), promises_);
             check_zeros(reader_, prefix, matrix, scheme);
-            check_groups(reader_, prefix, matrix, scheme.grid, promises_->desc_act);
+            check_groups(reader_, prefix, matrix, scheme.grid, promises_.desc_act);
         }
     }
 
 private:
     GptqScheme scheme_for(const Matrix& matrix) const {
-        GptqScheme scheme = promises_->scheme;
+        GptqScheme scheme = promises_.scheme;
         if (scheme.grid.group_size == 0) scheme.grid.group_size = matrix.columns;
         return scheme;
     }
@@ -164,7 +166,7 @@ private:
             const std::string prefix = name.substr(0, name.rfind('.'));
             if (name.ends_with(".qweight")) {
                 check_qweight(prefix, tensor);
-            } else if (promises_ && !reader_.contains(prefix + ".qweight") &&
+            } else if (promises_.quantized && !reader_.contains(prefix + ".qweight") &&
                        (name.ends_with(".qzeros") || name.ends_with(".scales") || name.ends_with(".g_idx"))) {
                 throw BadInput("{}: tensor '{}' is there without its '{}.qweight'",
                                reader_.directory().string(), name, prefix);
@@ -173,7 +175,7 @@ private:
     }
 
     void check_qweight(const std::string& prefix, const StoredTensor& qweight) {
-        if (!promises_) {
+        if (!promises_.quantized) {
             throw BadInput("{}: {} is quantized, but config.json has no quantization_config",
                            reader_.directory().string(), qweight.name);
         }
@@ -181,7 +183,7 @@ private:
             throw BadInput("{}: both '{}.weight' and '{}' are there", reader_.directory().string(), prefix,
                            qweight.name);
         }
-        const int bits = promises_->scheme.grid.bits;
+        const int bits = promises_.scheme.grid.bits;
         if (qweight.shape.size() != 2 || qweight.count() == 0 || qweight.shape[0] * 32 % bits != 0) {
             throw BadInput("{}: qweight of shape [{}] does not hold {}-bit codes", prefix,
                            fmt::join(qweight.shape, ", "), bits);
@@ -206,7 +208,7 @@ private:
         require(graph.embedding, {graph.vocab_size, graph.hidden_size});
         require(graph.final_norm, {graph.hidden_size});
         const std::string head = graph.lm_head.substr(0, graph.lm_head.rfind('.'));
-        if (promises_ && promises_->lm_head && reader_.contains(head + ".qweight")) {
+        if (promises_.quantized && promises_.lm_head && reader_.contains(head + ".qweight")) {
             check_quantized(head, {graph.vocab_size, graph.hidden_size});
         } else {
             require(graph.lm_head, {graph.vocab_size, graph.hidden_size});
@@ -222,7 +224,8 @@ private:
     }
 
     void check_linear(const std::string& prefix, const Linear& linear) {
-        const bool plain = !promises_ || (promises_->partial && !reader_.contains(prefix + ".qweight"));
+        const bool plain =
+            !promises_.quantized || (promises_.partial && !reader_.contains(prefix + ".qweight"));
         if (plain) {
             require(prefix + ".weight", {linear.rows, linear.columns});
         } else {
@@ -252,7 +255,7 @@ private:
     }
 
     const CheckpointReader& reader_;
-    std::optional<Promises> promises_;  // of a quantized checkpoint
+    Promises promises_;
     std::map<std::string, Matrix> quantized_;
 };
 
