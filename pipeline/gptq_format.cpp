@@ -155,6 +155,22 @@ GptqScheme gptq_scheme_from(const nlohmann::json& config, const std::string& fil
     }
 }
 
+std::vector<std::uint8_t> unpack_zeros(const std::vector<std::uint32_t>& words, std::int64_t rows,
+                                       std::int64_t groups, int bits, GptqFormat format) {
+    const std::uint32_t offset = format == GptqFormat::v1 ? 1 : 0;
+    const std::uint32_t mask = (1U << static_cast<unsigned>(bits)) - 1U;
+    const auto words_per_group = static_cast<std::size_t>(rows * bits / 32);
+    std::vector<std::uint8_t> zeros(static_cast<std::size_t>(rows * groups));
+    for (std::size_t g = 0; g < static_cast<std::size_t>(groups); ++g) {
+        for (std::size_t r = 0; r < static_cast<std::size_t>(rows); ++r) {
+            const std::uint32_t code = unpack_code(words.data() + g * words_per_group, r, bits);
+            zeros[r * static_cast<std::size_t>(groups) + g] =
+                static_cast<std::uint8_t>((code + offset) & mask);
+        }
+    }
+    return zeros;
+}
+
 QuantizedLinear decode_gptq(Backend& backend, const std::string& prefix, std::int64_t rows,
                             std::int64_t columns, const GptqScheme& scheme, const TensorBytes& read) {
     QuantizationGrid grid = scheme.grid;
@@ -171,18 +187,8 @@ QuantizedLinear decode_gptq(Backend& backend, const std::string& prefix, std::in
                                                   static_cast<std::size_t>(rows));
     backend.copy_from_host(scales.data(), quantized.scales);
 
-    const auto words = from_bytes<std::uint32_t>(read(prefix + ".qzeros"));
-    const std::uint32_t offset = scheme.format == GptqFormat::v1 ? 1 : 0;
-    const std::uint32_t mask = static_cast<std::uint32_t>(grid.max_code());
-    const auto words_per_group = static_cast<std::size_t>(rows * grid.bits / 32);
-    std::vector<std::uint8_t> zeros(static_cast<std::size_t>(rows * groups));
-    for (std::size_t g = 0; g < static_cast<std::size_t>(groups); ++g) {
-        for (std::size_t r = 0; r < static_cast<std::size_t>(rows); ++r) {
-            const std::uint32_t code = unpack_code(words.data() + g * words_per_group, r, grid.bits);
-            zeros[r * static_cast<std::size_t>(groups) + g] =
-                static_cast<std::uint8_t>((code + offset) & mask);
-        }
-    }
+    const auto zeros = unpack_zeros(from_bytes<std::uint32_t>(read(prefix + ".qzeros")), rows, groups,
+                                    grid.bits, scheme.format);
     backend.copy_from_host(zeros.data(), quantized.zeros);
 
     quantized.g_idx = from_bytes<std::int32_t>(read(prefix + ".g_idx"));

@@ -55,6 +55,10 @@ struct GptqScheme {
 // The scheme of config.json's quantization_config. Throws BadInput for methods other than gptq.
 GptqScheme gptq_scheme_from(const nlohmann::json& quantization_config, const std::string& file);
 
+// The zeros u8 [R, G] that the words of a P.qzeros hold.
+std::vector<std::uint8_t> unpack_zeros(const std::vector<std::uint32_t>& words, std::int64_t rows,
+                                       std::int64_t groups, int bits, GptqFormat format);
+
 // Reads the tensors of a linear by name; used by decode_gptq.
 using TensorBytes = std::function<std::vector<std::byte>(const std::string& name)>;
 // The inverse of EncodedLinear for any g_idx and for checkpoints made by others. Throws BadInput for a g_idx

@@ -18,7 +18,10 @@ struct ModelCard {
     std::vector<std::vector<std::string>> results;  // a header row, then rows
 };
 
-// "org/name" of a hub cache directory (models--org--name/snapshots/…), else the last component.
+// "org/name" of a hub cache directory (models--org--name/snapshots/…) or of a link to one; else the id in
+// config.json's _name_or_path or the card's base_model that ends in the directory's name, or any such id when
+// that name is a commit's; else the directory's name. An id of another name is that of a model it was trained
+// from.
 std::string base_model_name(const std::filesystem::path& model_directory);
 
 // Markdown with a YAML front matter; license and the like are taken over from the source's README.md when it

@@ -1,35 +1,67 @@
 #include "pipeline/model_config.h"
 
+#include <algorithm>
 #include <array>
+#include <map>
 
 namespace quantmill {
 namespace {
 
-// Parts of field names by which families have so far announced changes to the forward pass.
-constexpr std::array<std::string_view, 23> kMathematicalWords{
-    "multiplier", "softcap",     "scaling", "scale",      "rope",       "rotary",  "norm",     "window",
-    "expert",     "moe",         "bias",    "activation", "hidden_act", "alibi",   "clip",     "qkv",
-    "residual",   "layer_types", "kv_lora", "q_lora",     "partial",    "no_rope", "per_layer"};
+// Fields that change nothing in a forward pass without dropout: what transformers 4 and 5 write into the
+// config.json of these families, and what published checkpoints carry beside that.
+constexpr auto kHarmlessFields = std::to_array<std::string_view>(
+    {// what made the checkpoint, and how it is stored
+     "_attn_implementation", "_attn_implementation_autoset", "_commit_hash", "_name_or_path", "architectures",
+     "attn_implementation", "dtype", "model_type", "quantization_config", "torch_dtype", "torchscript",
+     "transformers.js_config", "transformers_version", "unsloth_fixed", "unsloth_version", "use_bfloat16",
+     // tokens
+     "bos_token_id", "decoder_start_token_id", "eos_token_id", "pad_token_id", "prefix", "sep_token_id",
+     "tokenizer_class",
+     // generation
+     "bad_words_ids", "begin_suppress_tokens", "diversity_penalty", "do_sample", "early_stopping",
+     "encoder_no_repeat_ngram_size", "exponential_decay_length_penalty", "forced_bos_token_id",
+     "forced_eos_token_id", "length_penalty", "max_length", "max_new_tokens", "min_length",
+     "no_repeat_ngram_size", "num_beam_groups", "num_beams", "num_return_sequences", "output_scores",
+     "remove_invalid_values", "repetition_penalty", "return_dict_in_generate", "suppress_tokens",
+     "temperature", "top_k", "top_p", "typical_p", "use_cache",
+     // training
+     "attention_dropout", "gradient_checkpointing", "hidden_dropout", "initializer_range",
+     // lengths that no layer reads
+     "max_sequence_length", "max_window_layers", "model_max_length", "original_max_position_embeddings",
+     // other tasks and forms of output; pretraining_tp splits the same products
+     "chunk_size_feed_forward", "finetuning_task", "id2label", "is_decoder", "is_llama_config", "label2id",
+     "num_labels", "output_attentions", "output_hidden_states", "pretraining_tp", "problem_type",
+     "return_dict", "task_specific_params", "tf_legacy_loss", "use_return_dict"});
 
-// Fields with such a word in them that do not change inference.
-constexpr std::array<std::string_view, 5> kHarmlessFields{
-    "max_window_layers", "rms_norm_eps", "layer_norm_eps", "norm_eps", "router_aux_loss_coef"};
-
-bool sounds_like_mathematics(const std::string& field) {
-    for (const auto harmless : kHarmlessFields) {
-        if (field == harmless) return false;
-    }
-    for (const auto word : kMathematicalWords) {
-        if (field.find(word) != std::string::npos) return true;
-    }
-    return false;
+// Fields that change nothing at this one value.
+const std::map<std::string_view, nlohmann::json>& neutral_values() {
+    static const std::map<std::string_view, nlohmann::json> values{
+        {"add_cross_attention", false},
+        {"attention_bias", false},
+        {"embedding_multiplier", 1.0},
+        {"is_causal", true},
+        {"is_encoder_decoder", false},
+        {"logits_scaling", 1.0},
+        {"mlp_bias", false},
+        {"num_experts", 0},
+        {"num_local_experts", 0},
+        {"residual_multiplier", 1.0},
+        {"rope_interleaved", false},
+        {"tie_encoder_decoder", false},
+        {"use_mrope", false},
+        {"use_qk_norm", false},
+        {"use_rope", true},
+        {"use_sliding_window", false},  // Mistral uses its window whatever this says
+    };
+    return values;
 }
 
-bool is_switched_on(const nlohmann::json& value) {
-    if (value.is_null()) return false;
-    if (value.is_boolean()) return value.get<bool>();
-    if (value.is_number()) return value.get<double>() != 0.0 && value.get<double>() != 1.0;
-    return !value.empty();
+bool is_harmless(const std::string& field, const nlohmann::json& value) {
+    if (value.is_null() || (value.is_structured() && value.empty())) return true;
+    if (std::find(kHarmlessFields.begin(), kHarmlessFields.end(), field) != kHarmlessFields.end())
+        return true;
+    const auto neutral = neutral_values().find(field);
+    return neutral != neutral_values().end() && neutral->second == value;
 }
 
 }  // namespace
@@ -104,12 +136,18 @@ const nlohmann::json& ModelConfig::object(const std::string& field) {
     return *value;
 }
 
-void ModelConfig::refuse_unread_mathematics() const {
+void ModelConfig::refuse_unknown_fields() const {
     for (const auto& [field, value] : json_.items()) {
-        if (read_.contains(field) || !sounds_like_mathematics(field) || !is_switched_on(value)) continue;
+        if (read_.contains(field) || is_harmless(field, value)) continue;
+        if (field == "auto_map") {
+            throw BadInput(
+                "{}: field 'auto_map' is {}: the model brings code of its own, which is not run here; if it "
+                "computes what its architecture in transformers does, take the field out of config.json",
+                file_, value.dump());
+        }
         throw BadInput(
-            "{}: field '{}' is {}: it seems to change the model's mathematics, which this version does not "
-            "implement for this architecture",
+            "{}: field '{}' is {}: it is not known for this architecture and may change the model's "
+            "mathematics; if it changes nothing in the forward pass, take it out of config.json",
             file_, field, value.dump());
     }
 }

@@ -12,7 +12,7 @@
 namespace quantmill {
 
 // A model's config.json as its family reads it. Every getter throws BadInput naming file and field; the
-// fields that were read are remembered, so that the rest can be searched for unknown mathematics.
+// fields that were read are remembered, so that the rest can be held against those known to be harmless.
 class ModelConfig {
 public:
     ModelConfig(const nlohmann::json& json, std::string file) : json_(json), file_(std::move(file)) {}
@@ -28,9 +28,9 @@ public:
     // The value of an object field, or null.
     const nlohmann::json& object(const std::string& field);
 
-    // Throws BadInput for a field that no getter read, that sounds like mathematics ("multiplier", "softcap"
-    // …) and is switched on.
-    void refuse_unread_mathematics() const;
+    // Throws BadInput for a field that no getter read and that is not known to change nothing; nulls, empty
+    // lists and empty objects pass.
+    void refuse_unknown_fields() const;
 
 private:
     const nlohmann::json* find(const std::string& field);

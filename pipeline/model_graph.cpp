@@ -27,6 +27,14 @@ std::string architecture_of(const nlohmann::json& config, const std::string& fil
     return list->front().get<std::string>();
 }
 
+// transformers chooses the code by model_type, so a contradiction leaves open which model is meant.
+void require_same_model_type(ModelConfig& config, const ModelGraph& graph) {
+    const std::string type = config.text("model_type", graph.family);
+    if (type == graph.family) return;
+    throw BadInput("{}: model_type '{}' contradicts the architecture '{}', which is of model_type '{}'",
+                   config.file(), type, graph.architecture, graph.family);
+}
+
 }  // namespace
 
 std::int64_t LinearGroup::rows() const {
@@ -63,7 +71,8 @@ ModelGraph build_model_graph(const nlohmann::json& json, const std::string& file
         ModelConfig config(json, file);
         ModelGraph graph = family.build(config);
         graph.architecture = architecture;
-        config.refuse_unread_mathematics();
+        require_same_model_type(config, graph);
+        config.refuse_unknown_fields();
         return graph;
     }
     std::string known;

@@ -46,6 +46,12 @@ std::vector<std::vector<std::string>> results_table(const Report& report) {
     return rows;
 }
 
+std::size_t longest_sequence(const PreparedJob& job) {
+    std::size_t longest = 0;
+    for (const auto& sequence : job.calibration.sequences) longest = std::max(longest, sequence.size());
+    return longest;
+}
+
 ModelCard card_of(const PreparedJob& job, const Report& report) {
     const QuantizationSpec& q = job.spec.quantization;
     ModelCard card;
@@ -59,12 +65,14 @@ ModelCard card_of(const PreparedJob& job, const Report& report) {
         {"sym", yes_no(q.sym)},
         {"desc_act", yes_no(q.desc_act)},
         {"damp_percent", fmt::format("{}", q.damp_percent)},
+        {"damp_auto_increment", fmt::format("{}", q.damp_auto_increment)},
         {"true_sequential", yes_no(q.true_sequential)},
         {"checkpoint_format", job.spec.output.format},
         {"bits per weight, all overhead counted", fmt::format("{:.2f}", bits_per_weight(report.linears))},
         {"size",
          fmt::format("{} (original: {})", bytes_text(report.output_bytes), bytes_text(report.source_bytes))}};
     card.calibration = {{"sequences", std::to_string(report.sequences)},
+                        {"sequence_length, longest", std::to_string(longest_sequence(job))},
                         {"tokens", std::to_string(report.tokens)}};
     card.results = results_table(report);
     return card;

@@ -11,6 +11,7 @@
 #include "jobs/text.h"
 #include "pipeline/checkpoint_reader.h"
 #include "pipeline/gptq_format.h"
+#include "workers/verify_checkpoint.h"
 
 namespace quantmill {
 namespace {
@@ -24,19 +25,6 @@ struct Row {
     std::int64_t weights = 0;
     std::uint64_t bytes = 0;
 };
-
-template <class T>
-std::vector<T> read_all(const CheckpointReader& reader, const StoredTensor& tensor) {
-    std::vector<T> values(tensor.bytes() / sizeof(T));
-    reader.read(tensor.name, values.data());
-    return values;
-}
-
-std::optional<GptqScheme> scheme_of(const CheckpointReader& reader) {
-    const auto config = reader.config().find("quantization_config");
-    if (config == reader.config().end() || config->is_null()) return std::nullopt;
-    return gptq_scheme_from(*config, (reader.directory() / "config.json").string());
-}
 
 // "model.layers.12.mlp" -> "model.layers.*.mlp"
 std::string without_numbers(const std::string& name) {
@@ -54,13 +42,9 @@ std::string without_numbers(const std::string& name) {
     return result;
 }
 
-// Checks one quantized linear and says its size; `prefix` is its module name.
-Row inspect_linear(const CheckpointReader& reader, const std::string& prefix, const GptqScheme& scheme) {
+// The row of one quantized linear, already verified; `prefix` is its module name.
+Row row_of_linear(const CheckpointReader& reader, const std::string& prefix, const GptqScheme& scheme) {
     const StoredTensor& qweight = reader.find(prefix + ".qweight");
-    if (qweight.shape.size() != 2 || qweight.shape[0] * 32 % scheme.grid.bits != 0) {
-        throw BadInput("{}: qweight of shape [{}] does not hold {}-bit codes", prefix,
-                       fmt::join(qweight.shape, ", "), scheme.grid.bits);
-    }
     const std::int64_t rows = qweight.shape[1];
     const std::int64_t columns = qweight.shape[0] * 32 / scheme.grid.bits;
     QuantizationGrid grid = scheme.grid;
@@ -69,24 +53,8 @@ Row inspect_linear(const CheckpointReader& reader, const std::string& prefix, co
     Row row{fmt::format("{} {} bits g{}{}", name_of(scheme.format), grid.bits, grid.group_size,
                         grid.sym ? "" : " asym"),
             fmt::format("[{}, {}]", rows, columns), 1, rows * columns, 0};
-    for (const StoredTensor& expected : gptq_tensors(prefix, rows, columns, grid)) {
-        const StoredTensor& stored = reader.find(expected.name, expected.shape);
-        const bool scales = expected.name.ends_with(".scales");
-        if (stored.dtype != expected.dtype && !(scales && stored.dtype == "BF16")) {
-            throw BadInput("{}: dtype {} where {} is expected", stored.name, stored.dtype, expected.dtype);
-        }
-        if (scales) {
-            std::vector<std::byte> bytes(stored.bytes());
-            reader.read(stored.name, bytes.data());
-            require_finite(stored, bytes.data(), reader.file_of(stored.name).string());
-        }
-        row.bytes += stored.bytes();
-    }
-    const std::int64_t groups = grid.groups(columns);
-    for (const std::int32_t group : read_all<std::int32_t>(reader, reader.find(prefix + ".g_idx"))) {
-        if (group < 0 || group >= groups) {
-            throw BadInput("{}.g_idx: group {} is out of range (0 … {})", prefix, group, groups - 1);
-        }
+    for (const StoredTensor& tensor : gptq_tensors(prefix, rows, columns, grid)) {
+        row.bytes += reader.find(tensor.name).bytes();
     }
     return row;
 }
@@ -133,24 +101,23 @@ std::string to_table(const std::map<std::string, Row>& rows) {
 
 std::string inspect_checkpoint(const std::filesystem::path& directory) {
     const CheckpointReader reader(directory);
+    verify_checkpoint(reader);
     const std::optional<GptqScheme> scheme = scheme_of(reader);
     std::map<std::string, Row> rows;
     for (const auto& [name, tensor] : reader.tensors()) {
-        if (name.ends_with(kQweight)) {
-            if (!scheme)
-                throw BadInput("{}: {} is quantized, but config.json has no quantization_config",
-                               directory.string(), name);
+        if (scheme && name.ends_with(kQweight)) {
             const std::string prefix = name.substr(0, name.size() - kQweight.size());
-            add(rows, prefix, inspect_linear(reader, prefix, *scheme));
+            add(rows, prefix, row_of_linear(reader, prefix, *scheme));
         } else if (!belongs_to_quantized(reader, name)) {
             add(rows, name,
                 {tensor.dtype, fmt::format("[{}]", fmt::join(tensor.shape, ", ")), 1, tensor.count(),
                  tensor.bytes()});
         }
     }
-    return to_table(rows) +
-           fmt::format("\n{} file(s), {} tensors, verified: headers, index, shapes, scales and groups\n",
-                       reader.files().size(), reader.tensors().size());
+    return to_table(rows) + fmt::format(
+                                "\n{} file(s), {} tensors, verified: headers, index, names, shapes, finite "
+                                "values, scales, zeros and groups\n",
+                                reader.files().size(), reader.tensors().size());
 }
 
 }  // namespace quantmill

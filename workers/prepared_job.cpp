@@ -1,5 +1,9 @@
 #include "workers/prepared_job.h"
 
+#include <cmath>
+#include <cstring>
+
+#include "kernels/half.h"
 #include "pipeline/block_weights.h"
 
 namespace quantmill {
@@ -47,6 +51,41 @@ OutputLayout layout_of(const JobSpec& spec, const CheckpointReader& reader, cons
                        spec.output.max_shard_size);
 }
 
+// Biases are written as float16 whatever the source holds; beyond its range that would be an infinity.
+void require_bias_fits_half(const CheckpointReader& reader, const std::string& name) {
+    const StoredTensor& tensor = reader.find(name);
+    const std::string file = reader.file_of(name).string();
+    std::vector<std::byte> bytes(tensor.bytes());
+    reader.read(name, bytes.data());
+    require_finite(tensor, bytes.data(), file);
+    if (weight_dtype(reader, name) == DType::f16) return;
+    const bool single = weight_dtype(reader, name) == DType::f32;
+    for (std::size_t i = 0; i < static_cast<std::size_t>(tensor.count()); ++i) {
+        float value = 0.0F;
+        if (single) {
+            std::memcpy(&value, bytes.data() + i * sizeof(value), sizeof(value));
+        } else {
+            BFloat16 stored{};
+            std::memcpy(&stored, bytes.data() + i * sizeof(stored), sizeof(stored));
+            value = to_float(stored);
+        }
+        if (std::isfinite(to_float(to_half(value)))) continue;
+        throw BadInput(
+            "{}: tensor '{}' holds {} at index {}: the formats store biases as float16, which ends at {}",
+            file, name, value, i, kHalfMax);
+    }
+}
+
+void require_biases_fit(const CheckpointReader& reader, const ModelGraph& graph) {
+    for (int block = 0; block < graph.blocks; ++block) {
+        for (const Stage& stage : graph.stages) {
+            for (const Linear& linear : stage.group.linears) {
+                if (linear.bias) require_bias_fits_half(reader, graph.in_block(block, linear.name) + ".bias");
+            }
+        }
+    }
+}
+
 }  // namespace
 
 std::vector<std::int64_t> lengths_of(const std::vector<std::vector<std::int32_t>>& sequences) {
@@ -60,6 +99,7 @@ PreparedJob prepare_job(const JobSpec& spec, std::int64_t micro_batch_tokens) {
     require_unquantized(reader);
     ModelGraph graph = build_model_graph(reader.config(), (spec.model / "config.json").string());
     require_tensors(reader, graph);
+    require_biases_fit(reader, graph);
 
     CalibrationStore calibration = load_calibration_store(
         spec.calibration.tokens,

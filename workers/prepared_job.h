@@ -12,7 +12,7 @@
 
 namespace quantmill {
 
-// A job with everything opened and checked that can be without reading a weight. Equal on all ranks.
+// A job with everything opened and checked that can be without reading more than biases. Equal on all ranks.
 struct PreparedJob {
     JobSpec spec;
     CheckpointReader reader;

@@ -52,6 +52,7 @@ std::vector<float> inverse_frequencies(ModelConfig& config, std::int64_t head_di
         throw BadInput("{}: rope scaling type '{}' is not supported (default, linear, llama3)", config.file(),
                        type);
     }
+    rope.refuse_unknown_fields();
     return frequencies;
 }
 

@@ -19,6 +19,7 @@ from program import Run, random_sequences, write_job, write_store
 
 VOCABULARY = 256
 SHARDS = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+BIAS = "model.layers.0.mlp.up_proj.bias"
 LINEAR = "model.layers.1.mlp.down_proj.weight"
 
 
@@ -77,6 +78,13 @@ def not_a_number(tensor: Stored) -> Stored:
     return dtype, values
 
 
+def beyond_half(tensor: Stored) -> Stored:
+    dtype, values = tensor
+    values = values.copy()
+    values.flat[5] = {"BF16": 0xC7C3}[dtype]  # -99840
+    return dtype, values
+
+
 def with_dtype(dtype: str) -> Callable[[Stored], Stored]:
     return lambda tensor: (dtype, np.zeros(tensor[1].shape, {"F8_E4M3": np.uint8, "I8": np.int8, "F64": np.float64}[dtype]))
 
@@ -117,6 +125,7 @@ EARLY: dict[str, tuple[Callable[[Inputs], object], list[str]]] = {
     "int8 weights": (lambda i: i.tensor(LINEAR, with_dtype("I8")), [LINEAR, "I8", "BF16, F16, F32"]),
     "float64 norm": (lambda i: i.tensor("model.norm.weight", with_dtype("F64")), ["model.norm.weight", "F64"]),
     "bias that config.json denies": (lambda i: i.config(mlp_bias=False), ["mlp.gate_proj.bias", "config.json"]),
+    "bias beyond float16": (lambda i: i.tensor(BIAS, beyond_half), [SHARDS[0], BIAS, "-99840", "index 5", "float16"]),
     "missing config": (lambda i: (i.model / "config.json").unlink(), ["model", "config.json"]),
     "config not JSON": (lambda i: (i.model / "config.json").write_text("{"), ["config.json", "JSON"]),
     "unsupported architecture": (
@@ -127,6 +136,9 @@ EARLY: dict[str, tuple[Callable[[Inputs], object], list[str]]] = {
     "soft cap": (lambda i: i.config(attn_logit_softcapping=50.0), ["config.json", "attn_logit_softcapping", "50"]),
     "multiplier": (lambda i: i.config(embedding_multiplier=12.0), ["config.json", "embedding_multiplier", "12"]),
     "experts": (lambda i: i.config(num_local_experts=8), ["config.json", "num_local_experts"]),
+    "unknown field": (lambda i: i.config(attention_sink=True), ["config.json", "attention_sink", "true", "take it out"]),
+    "code of its own": (lambda i: i.config(auto_map={"AutoModel": "x.Y"}), ["config.json", "auto_map", "x.Y"]),
+    "other model type": (lambda i: i.config(model_type="mistral"), ["config.json", "model_type", "mistral", "LlamaForCausalLM"]),
     "rope scaling": (lambda i: i.config(rope_scaling={"rope_type": "yarn", "factor": 4.0}), ["config.json", "yarn", "llama3"]),
     "config field missing": (lambda i: i.config(hidden_size=None), ["config.json", "hidden_size"]),
     "already quantized": (lambda i: i.config(quantization_config={"quant_method": "gptq"}), ["model", "quantized already"]),

@@ -208,6 +208,8 @@ def test_model_card(result: Result) -> None:
     assert "gptq" in card["tags"]
     assert f"| bits | {result.quantization['bits']} |" in body
     assert "| sequences | 11 |" in body
+    assert "| sequence_length, longest | 50 |" in body
+    assert "| damp_auto_increment | 0.01 |" in body
     for private in (str(result.model.parents[3]), "/tmp", "/root", "0123abc", "calib.h5", "OMPI_", "PATH"):
         assert private not in text
 
@@ -318,6 +320,32 @@ def test_damaged_result(quantmill: Run, tmp_path: Path, damaged_source: Result, 
         done = quantmill(*command, code=2)
         for part in parts:
             assert part in done.stderr, f"{command[0]}: '{part}' is not in {done.stderr}"
+
+
+FOUND_BY_INSPECT: dict[str, tuple[str, Callable[[np.ndarray], np.ndarray | None], list[str]]] = {
+    "codes missing": (".qweight", lambda _: None, ["o_proj", "qweight"]),
+    "scale zero": (".scales", put(0), ["scales", "holds 0"]),
+    "scale negative": (".scales", put(-1), ["scales", "-1"]),
+    "scale subnormal": (".scales", put(2.0**-20), ["scales", "subnormal"]),
+    "zeros of another format": (".qzeros", lambda values: np.full_like(values, 0x08080808), ["qzeros", "sym"]),
+    "one group": (".g_idx", lambda values: values * 0, ["g_idx", "group 0"]),
+}
+
+
+@pytest.mark.parametrize("name", FOUND_BY_INSPECT)
+def test_inspect_finds_what_loads(quantmill: Run, tmp_path: Path, damaged_source: Result, name: str) -> None:
+    suffix, change, parts = FOUND_BY_INSPECT[name]
+    for file, content in contents(damaged_source.output).items():
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).write_bytes(content)
+    change_tensor(tmp_path, suffix, change)
+    if name == "codes missing":
+        places = json.loads((tmp_path / INDEX).read_text())
+        places["weight_map"].pop("model.layers.1.self_attn.o_proj.qweight")
+        (tmp_path / INDEX).write_text(json.dumps(places))
+    said = quantmill("inspect", tmp_path, code=2).stderr
+    for part in parts:
+        assert part in said
 
 
 @pytest.fixture(scope="module")

@@ -186,6 +186,12 @@ TEST(ModelGraph, RefusesWhatItDoesNotImplement) {
         {"LlamaForCausalLM", {{"num_local_experts", 4}}, {file, "num_local_experts"}},
         {"LlamaForCausalLM", {{"no_rope_layers", {1, 0}}}, {file, "no_rope_layers"}},
         {"LlamaForCausalLM", {{"sliding_window", 100}}, {file, "sliding_window"}},
+        {"LlamaForCausalLM",
+         {{"rope_scaling", {{"type", "default"}, {"mrope_section", {8, 8}}}}},
+         {file, "mrope_section"}},
+        {"LlamaForCausalLM",
+         {{"model_type", "gemma"}},
+         {file, "model_type", "gemma", "LlamaForCausalLM", "llama"}},
         {"Qwen2ForCausalLM", {{"use_sliding_window", true}}, {file, "use_sliding_window"}},
         {"Qwen3ForCausalLM",
          {{"layer_types", {"full_attention", "sliding_attention"}}},
@@ -201,13 +207,115 @@ TEST(ModelGraph, RefusesWhatItDoesNotImplement) {
     }
 }
 
+TEST(ModelGraph, RefusesFieldsItDoesNotKnow) {
+    const std::vector<std::pair<std::string, json>> fields = {
+        {"use_rope", false},
+        {"position_embedding_type", "alibi"},
+        {"query_pre_attn_scalar", 256},
+        {"attention_chunk_size", 8192},
+        {"attention_type", "swa"},
+        {"is_causal", false},
+        {"bidirectional", true},
+        {"swiglu_limit", 7.0},
+        {"attention_sink", true},
+        {"zero_centered_gamma", true},
+        {"num_kv_shared_layers", 10},
+        {"auto_map", {{"AutoModelForCausalLM", "modeling_x.XForCausalLM"}}},
+        {"is_encoder_decoder", true},
+        {"embedding_multiplier", 12.0},
+        {"norm_eps", 1e-3},
+        {"pruned_heads", {{"0", {1}}}},
+        {"a_field_of_tomorrow", 0},
+    };
+    for (const auto& [field, value] : fields) {
+        for (const std::string family : {"Llama", "Mistral", "Qwen2", "Qwen3"}) {
+            SCOPED_TRACE(family + " " + field);
+            expect_error<BadInput>([&] { build(family + "ForCausalLM", {{field, value}}); },
+                                   {"model/config.json", "'" + field + "'", value.dump(), "take"});
+        }
+    }
+}
+
 TEST(ModelGraph, IgnoresFieldsThatAreOffOrHarmless) {
     const json harmless{
-        {"attention_dropout", 0.0}, {"initializer_range", 0.02},         {"embedding_multiplier", 1.0},
-        {"logits_scaling", 1},      {"attn_logit_softcapping", nullptr}, {"num_local_experts", 0},
-        {"rope_scaling", nullptr},  {"max_window_layers", 21},           {"torch_dtype", "bfloat16"},
-        {"use_cache", true},        {"transformers_version", "5.0"},     {"no_rope_layers", json::array()}};
+        {"attention_dropout", 0.0},  {"initializer_range", 0.02},         {"embedding_multiplier", 1.0},
+        {"logits_scaling", 1},       {"attn_logit_softcapping", nullptr}, {"num_local_experts", 0},
+        {"rope_scaling", nullptr},   {"max_window_layers", 21},           {"torch_dtype", "bfloat16"},
+        {"use_cache", true},         {"transformers_version", "5.0"},     {"no_rope_layers", json::array()},
+        {"auto_map", json::object()}};
     EXPECT_EQ(build("Qwen2ForCausalLM", harmless).blocks, 2);
+}
+
+// config.json of published checkpoints, as their makers wrote them.
+const std::vector<const char*> kPublished = {
+    // Llama 2
+    R"({"_name_or_path": "meta-llama/Llama-2-7b-hf", "architectures": ["LlamaForCausalLM"], "bos_token_id": 1,
+    "eos_token_id": 2, "hidden_act": "silu", "hidden_size": 4096, "initializer_range": 0.02,
+    "intermediate_size": 11008, "max_position_embeddings": 4096, "model_type": "llama",
+    "num_attention_heads": 32, "num_hidden_layers": 32, "num_key_value_heads": 32, "pad_token_id": 0,
+    "pretraining_tp": 1, "rms_norm_eps": 1e-05, "rope_scaling": null, "tie_word_embeddings": false,
+    "torch_dtype": "float16", "transformers_version": "4.31.0.dev0", "use_cache": true, "vocab_size": 32000})",
+    // Llama 3.2
+    R"({"architectures": ["LlamaForCausalLM"], "attention_bias": false, "attention_dropout": 0.0,
+    "bos_token_id": 128000, "eos_token_id": [128001, 128008, 128009], "head_dim": 64, "hidden_act": "silu",
+    "hidden_size": 2048, "initializer_range": 0.02, "intermediate_size": 8192,
+    "max_position_embeddings": 131072, "mlp_bias": false, "model_type": "llama", "num_attention_heads": 32,
+    "num_hidden_layers": 16, "num_key_value_heads": 8, "pretraining_tp": 1, "rms_norm_eps": 1e-05,
+    "rope_scaling": {"factor": 32.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0,
+    "original_max_position_embeddings": 8192, "rope_type": "llama3"}, "rope_theta": 500000.0,
+    "tie_word_embeddings": true, "torch_dtype": "bfloat16", "transformers_version": "4.45.0.dev0",
+    "use_cache": true, "vocab_size": 128256})",
+    // SmolLM2
+    R"({"architectures": ["LlamaForCausalLM"], "attention_bias": false, "attention_dropout": 0.0,
+    "bos_token_id": 1, "eos_token_id": 2, "hidden_act": "silu", "hidden_size": 576,
+    "initializer_range": 0.041666666666666664, "intermediate_size": 1536, "is_llama_config": true,
+    "max_position_embeddings": 8192, "mlp_bias": false, "model_type": "llama", "num_attention_heads": 9,
+    "num_hidden_layers": 30, "num_key_value_heads": 3, "pad_token_id": 2, "pretraining_tp": 1,
+    "rms_norm_eps": 1e-05, "rope_interleaved": false, "rope_scaling": null, "rope_theta": 100000,
+    "tie_word_embeddings": true, "torch_dtype": "bfloat16", "transformers_version": "4.42.3",
+    "transformers.js_config": {"kv_cache_dtype": {"q4f16": "float16"}}, "use_cache": true,
+    "vocab_size": 49152})",
+    // Mistral 7B v0.1
+    R"({"architectures": ["MistralForCausalLM"], "bos_token_id": 1, "eos_token_id": 2, "hidden_act": "silu",
+    "hidden_size": 4096, "initializer_range": 0.02, "intermediate_size": 14336,
+    "max_position_embeddings": 32768, "model_type": "mistral", "num_attention_heads": 32,
+    "num_hidden_layers": 32, "num_key_value_heads": 8, "rms_norm_eps": 1e-05, "rope_theta": 10000.0,
+    "sliding_window": 4096, "tie_word_embeddings": false, "torch_dtype": "bfloat16",
+    "transformers_version": "4.34.0.dev0", "use_cache": true, "vocab_size": 32000})",
+    // Qwen2.5
+    R"({"architectures": ["Qwen2ForCausalLM"], "attention_dropout": 0.0, "bos_token_id": 151643,
+    "eos_token_id": 151643, "hidden_act": "silu", "hidden_size": 8192, "initializer_range": 0.02,
+    "intermediate_size": 29568, "max_position_embeddings": 131072, "max_window_layers": 80,
+    "model_type": "qwen2", "num_attention_heads": 64, "num_hidden_layers": 80, "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-05, "rope_theta": 1000000.0, "sliding_window": 131072, "tie_word_embeddings": false,
+    "torch_dtype": "bfloat16", "transformers_version": "4.40.1", "use_cache": true, "use_mrope": false,
+    "use_sliding_window": false, "vocab_size": 152064})",
+    // Qwen3
+    R"({"architectures": ["Qwen3ForCausalLM"], "attention_bias": false, "attention_dropout": 0.0,
+    "bos_token_id": 151643, "eos_token_id": 151645, "head_dim": 128, "hidden_act": "silu",
+    "hidden_size": 4096, "initializer_range": 0.02, "intermediate_size": 12288,
+    "max_position_embeddings": 40960, "max_window_layers": 36, "model_type": "qwen3",
+    "num_attention_heads": 32, "num_hidden_layers": 36, "num_key_value_heads": 8, "rms_norm_eps": 1e-06,
+    "rope_scaling": null, "rope_theta": 1000000, "sliding_window": null, "tie_word_embeddings": false,
+    "torch_dtype": "bfloat16", "transformers_version": "4.51.0", "use_cache": true,
+    "use_sliding_window": false, "vocab_size": 151936})",
+};
+
+// What to_dict of transformers 5 adds to the fields of a family.
+const char* const kOfTransformers5 = R"({"transformers_version": "5.23.0", "output_hidden_states": false,
+    "return_dict": true, "dtype": "bfloat16", "chunk_size_feed_forward": 0, "is_encoder_decoder": false,
+    "id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}, "problem_type": null, "use_cache": true,
+    "rope_scaling": null, "rope_theta": null, "rope_parameters": {"rope_theta": 10000.0, "rope_type": "default"},
+    "output_attentions": false, "_name_or_path": "", "pad_token_id": null})";
+
+TEST(ModelGraph, AcceptsConfigsOfPublishedCheckpoints) {
+    for (const char* text : kPublished) {
+        SCOPED_TRACE(text);
+        json config = json::parse(text);
+        EXPECT_NO_THROW(build_model_graph(config, "config.json"));
+        config.update(json::parse(kOfTransformers5));
+        EXPECT_NO_THROW(build_model_graph(config, "config.json"));
+    }
 }
 
 TEST(ModelConfig, GettersNameFileAndField) {
@@ -237,11 +345,10 @@ TEST(ModelConfig, GettersNameFileAndField) {
 TEST(ModelConfig, FieldsThatWereReadAreNotRefused) {
     const json values{{"residual_multiplier", 0.2}};
     ModelConfig unread(values, "c.json");
-    expect_error<BadInput>([&] { unread.refuse_unread_mathematics(); },
-                           {"c.json", "residual_multiplier", "0.2"});
+    expect_error<BadInput>([&] { unread.refuse_unknown_fields(); }, {"c.json", "residual_multiplier", "0.2"});
     ModelConfig read(values, "c.json");
     read.number("residual_multiplier");
-    EXPECT_NO_THROW(read.refuse_unread_mathematics());
+    EXPECT_NO_THROW(read.refuse_unknown_fields());
 }
 
 }  // namespace

@@ -136,8 +136,41 @@ TEST(ModelCard, NameOfTheBaseModel) {
     EXPECT_EQ(base_model_name("/data/models/Tiny-1M/"), "Tiny-1M");
     EXPECT_EQ(base_model_name("/data/models/x/../Tiny-1M"), "Tiny-1M");
     EXPECT_EQ(base_model_name("/cache/hub/models--org--Tiny-1M/snapshots/0123abc"), "org/Tiny-1M");
-    EXPECT_EQ(base_model_name("/cache/hub/models--gpt2/snapshots/0123abc"), "0123abc")
+    EXPECT_EQ(base_model_name("/cache/hub/models--gpt2/snapshots/0123abc"), "gpt2")
         << "without an organisation";
+}
+
+TEST(ModelCard, NameOfALinkedBaseModel) {
+    const TemporaryDirectory work;
+    const auto snapshot = work / "models--org--Nice-1M/snapshots/0123abc";
+    std::filesystem::create_directories(snapshot);
+    std::filesystem::create_directory_symlink(snapshot, work / "mymodel");
+    EXPECT_EQ(base_model_name(work / "mymodel"), "org/Nice-1M");
+    EXPECT_EQ(base_model_name((work / "mymodel").string() + "/"), "org/Nice-1M");
+}
+
+TEST(ModelCard, NameOfTheBaseModelInItsDocuments) {
+    const std::string commit = "0123456789abcdef0123456789abcdef01234567";
+    const std::vector<std::tuple<std::string, std::string, std::string, std::string>> cases = {
+        // directory, config.json, README.md, expected
+        {"Nice-1M", R"({"_name_or_path": "org/Nice-1M"})", "", "org/Nice-1M"},
+        {"Nice-1M", "{}", "---\nbase_model: org/Nice-1M\n---\n", "org/Nice-1M"},
+        {"Nice-1M", "{}", "---\nbase_model:\n- org/Nice-1M\n---\n", "org/Nice-1M"},
+        {"Nice-1M-chat", R"({"_name_or_path": "org/Nice-1M"})", "", "Nice-1M-chat"},  // trained from it
+        {commit, R"({"_name_or_path": "org/Nice-1M"})", "", "org/Nice-1M"},
+        {commit, R"({"_name_or_path": "/home/me/Nice-1M"})", "---\nbase_model: org/Base\n---\n", "org/Base"},
+        {commit, R"({"_name_or_path": "../Nice-1M"})", "", commit},
+        {"Nice-1M", R"({"_name_or_path": "./Nice-1M"})", "", "Nice-1M"},
+        {"Nice-1M", R"({"_name_or_path": 5})", "---\nbase_model: [a/Nice-1M, b/Nice-1M]\n---\n", "Nice-1M"},
+        {"Nice-1M", "no JSON", "", "Nice-1M"},
+    };
+    for (const auto& [name, config, card, expected] : cases) {
+        SCOPED_TRACE(name + " " + config + " " + card);
+        const TemporaryDirectory work;
+        work.write(name + "/config.json", config);
+        work.write(name + "/README.md", card);
+        EXPECT_EQ(base_model_name(work / name), expected);
+    }
 }
 
 const ModelCard kCard{"org/Tiny: 1M",  "Tiny, 4-bit GPTQ",     "1.2.3",
