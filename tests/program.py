@@ -20,6 +20,13 @@ Sequences = list[list[int]]
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
+def need(file: Path) -> None:
+    """Skips a test for want of a file; where all tests must run (QUANTMILL_REQUIRE_PYTHON) it fails."""
+    if not file.exists():
+        give_up = pytest.fail if os.environ.get("QUANTMILL_REQUIRE_PYTHON") else pytest.skip
+        give_up(f"no {file}: tools/demo_data.sh makes it")
+
+
 @pytest.fixture(scope="session")
 def quantmill() -> Run:
     """Runs the program: quantmill("eval", "--model", …, code=0, ranks=None); with `ranks` under the MPI launcher."""

@@ -2,7 +2,6 @@
 
 #include <fmt/format.h>
 #include <spdlog/spdlog.h>
-#include <unistd.h>
 
 #include <algorithm>
 #include <csignal>
@@ -14,6 +13,7 @@
 #include <utility>
 
 #include "jobs/text.h"
+#include "workers/live_line.h"
 
 namespace quantmill {
 namespace {
@@ -77,7 +77,7 @@ Coordinator::Coordinator(Control& control, double stall_timeout, bool shown)
     : control_(control),
       stall_timeout_(stall_timeout),
       shown_(shown && control.rank() == 0),
-      terminal_(isatty(STDERR_FILENO) == 1),
+      terminal_(has_live_line()),
       hosts_(control.all_gather(control.host())),
       heard_(hosts_.size()),
       heard_at_(hosts_.size()),
@@ -99,7 +99,7 @@ void Coordinator::stop() {
     if (!thread_.joinable()) return;
     ending_ = true;
     thread_.join();
-    if (shown_ && terminal_) fmt::print(stderr, "\r\x1b[K");
+    if (shown_ && terminal_) clear_live_line();
     // The others would otherwise blame this rank for falling silent.
     if (std::uncaught_exceptions() > exceptions_at_start_) send_state(true);
 }
@@ -234,8 +234,7 @@ void Coordinator::show() {
     const std::string left =
         share > 0.02 ? fmt::format("  about {} left", seconds_text(elapsed / share * (1.0 - share))) : "";
     if (terminal_) {
-        fmt::print(stderr, "\r\x1b[K{}  {} elapsed{}", progress_text(all), seconds_text(elapsed), left);
-        std::fflush(stderr);
+        show_live_line(fmt::format("{}  {} elapsed{}", progress_text(all), seconds_text(elapsed), left));
     } else {
         spdlog::info("{}  {} elapsed{}", progress_text(all), seconds_text(elapsed), left);
     }

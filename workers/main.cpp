@@ -4,7 +4,6 @@
 #include <fmt/format.h>
 #include <spdlog/sinks/stdout_color_sinks.h>
 #include <spdlog/spdlog.h>
-#include <unistd.h>
 
 #include <cstdio>
 #include <memory>
@@ -14,6 +13,7 @@
 #include "workers/cli.h"
 #include "workers/evaluate.h"
 #include "workers/inspect.h"
+#include "workers/live_line.h"
 #include "workers/run_job.h"
 #include "workers/version.h"
 
@@ -27,8 +27,8 @@ void set_up_logging(const std::string& level, const Control& control) {
     const bool quiet = control.rank() > 0 && wanted == spdlog::level::info;
     logger->set_level(quiet ? spdlog::level::warn : wanted);
     // On a terminal a message takes the place of the live line (Progress), which comes back below it.
-    const char* clear = isatty(STDERR_FILENO) == 1 ? "\r\x1b[K" : "";
-    logger->set_pattern(fmt::format("{}%H:%M:%S [{}:{}] %^%l%$ %v", clear, control.host(), control.rank()));
+    logger->set_pattern(
+        fmt::format("{}%H:%M:%S [{}:{}] %^%l%$ %v", live_line_eraser(), control.host(), control.rank()));
     spdlog::set_default_logger(std::move(logger));
 }
 

@@ -267,7 +267,7 @@ std::int64_t streamed_elements(const ModelGraph& graph) {
     return elements;
 }
 
-// docs/algorithm.md, "Costs": operations over the measured rate.
+// docs/algorithm.md, "What it costs": operations over the measured rate.
 PlannedTime estimate_time(const PreparedJob& job, double gflops, const Backend& backend, const Plan& plan,
                           int row_ranks) {
     PlannedTime time;

@@ -2,23 +2,21 @@
 
 #include <fmt/format.h>
 #include <spdlog/spdlog.h>
-#include <unistd.h>
-
-#include <cstdio>
 
 #include "jobs/text.h"
+#include "workers/live_line.h"
 
 namespace quantmill {
 
 Progress::Progress(bool shown, int blocks, std::size_t stages, double expected_seconds)
     : shown_(shown),
-      terminal_(isatty(STDERR_FILENO) == 1),
+      terminal_(has_live_line()),
       blocks_(blocks),
       stages_(stages),
       expected_seconds_(expected_seconds) {}
 
 Progress::~Progress() {
-    if (shown_ && terminal_) fmt::print(stderr, "\r\x1b[K");
+    if (shown_ && terminal_) clear_live_line();
 }
 
 // Blocks cost alike, so what is done predicts the rest; until a block is done, the plan knows better.
@@ -31,9 +29,8 @@ double Progress::remaining() const {
 void Progress::stage_done(int block, std::size_t stage, const std::string& name) {
     done_ = block + static_cast<double>(stage + 1) / static_cast<double>(stages_);
     if (!shown_ || !terminal_) return;
-    fmt::print(stderr, "\r\x1b[Kblock {}/{}  {:<8}  {} elapsed  about {} left", block + 1, blocks_, name,
-               seconds_text(watch_.seconds()), seconds_text(remaining()));
-    std::fflush(stderr);
+    show_live_line(fmt::format("block {}/{}  {:<8}  {} elapsed  about {} left", block + 1, blocks_, name,
+                               seconds_text(watch_.seconds()), seconds_text(remaining())));
 }
 
 void Progress::block_done(int block, const std::string& summary) {

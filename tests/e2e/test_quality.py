@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from program import DEMO, ROOT, Run, write_job
+from program import DEMO, ROOT, Run, need, write_job
 
 FIGURES = ROOT / "bench" / "peers" / "perplexity.json"
 MODEL, CALIBRATION, EVALUATION = DEMO / "SmolLM2-135M-Instruct", DEMO / "calib.h5", DEMO / "eval.h5"
@@ -43,8 +43,7 @@ def figures() -> dict[str, Any]:
     found: dict[str, Any] = json.loads(FIGURES.read_text())
     inputs = {"model": MODEL / "model.safetensors", "calibration": CALIBRATION, "evaluation": EVALUATION}
     for name, file in inputs.items():
-        if not file.exists():
-            pytest.skip(f"no {file}: tools/demo_data.sh makes it")
+        need(file)
         if sha256(file) != found["inputs"][name]:
             pytest.skip(f"{file} is not the {name} of the recorded figures: bench/compare_gptqmodel.py records new ones")
     assert found["inputs"]["group_size"] == 64

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from conftest import FAMILIES, INDEX, make_checkpoint
-from program import DEMO, Run, random_sequences, write_job, write_store
+from program import DEMO, Run, need, random_sequences, write_job, write_store
 
 SECONDS = 30  # for random models
 EVERY = [(ranks, threads) for ranks in (1, 2, 3, 4, 7) for threads in (1, 2)]
@@ -37,8 +37,7 @@ def quantize(quantmill: Run, job: Path, output: Path, ranks: int, threads: int, 
 
 def test_demo_model(quantmill: Run, tmp_path: Path) -> None:
     model, store = DEMO / "SmolLM2-135M-Instruct", DEMO / "calib.h5"
-    if not store.exists():
-        pytest.skip(f"no {store}: tools/demo_data.sh makes it")
+    need(store)
     job = write_job(tmp_path / "job.yaml", model, store, tmp_path / "out", {"bits": 4, "group_size": 64}, max_shard_size="30MB")
     sequences = ("--set", "calibration.sequences=16")
     expected: dict[str, str] = {}
