@@ -183,12 +183,8 @@ void Coordinator::check() {
     if (!control_.has_mail() || control_.size() == 1) return;
     std::vector<RankState> watched = states();
     if (control_.rank() != 0) watched.resize(1);
-    std::string stall;
-    if (control_.rank() == 0) {
-        stall = find_stall(watched, stall_timeout_);
-    } else if (watched[0].silent + watched[0].idle > stall_timeout_) {
-        stall = find_stall(watched, stall_timeout_);
-    }
+    if (control_.rank() != 0 && watched[0].silent + watched[0].idle <= stall_timeout_) return;
+    const std::string stall = find_stall(watched, stall_timeout_);
     if (stall.empty()) return;
     spdlog::error("{}", stall);
     control_.abort(ExitCode::infrastructure);

@@ -78,10 +78,12 @@ LayerRun::LayerRun(const std::vector<PreparedJob>& outputs, const LayerPlan& pla
     }
     const CalibrationSpec& calibration = job().spec.calibration;
     if (!calibration.hessians.empty()) {
-        given_.emplace(calibration.hessians, job().graph, hessian_origin(job(), control));
+        given_ =
+            std::make_unique<HessianStore>(calibration.hessians, job().graph, hessian_origin(job(), control));
     }
     if (!calibration.save_hessians.empty()) {
-        saved_.emplace(calibration.save_hessians, job().graph, hessian_origin(job(), control));
+        saved_ = std::make_unique<HessianStore>(calibration.save_hessians, job().graph,
+                                                hessian_origin(job(), control));
     }
     open_outputs();
     expect_deliveries();

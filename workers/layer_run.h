@@ -2,7 +2,6 @@
 
 #include <map>
 #include <memory>
-#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
@@ -66,7 +65,7 @@ private:
     LayerLinks links_;
     WeightLoader loader_;
     std::unique_ptr<HessianStream> stream_;
-    std::optional<HessianStore> given_, saved_;
+    std::unique_ptr<HessianStore> given_, saved_;
     std::vector<GroupSolver> solvers_;                        // [output]
     std::vector<std::unique_ptr<CheckpointOutput>> written_;  // [output]
     std::unique_ptr<TensorDelivery> delivery_;

@@ -138,7 +138,8 @@ TEST_P(ControlTest, MessagesBetweenTwoRanksArriveInOrder) {
     std::vector<std::string> sent, received;
     std::vector<std::unique_ptr<Transfer>> transfers;
     constexpr int kRounds = 4;
-    const auto count = static_cast<std::size_t>(kRounds * size() * size());
+    const auto count = static_cast<std::size_t>(kRounds) * static_cast<std::size_t>(size()) *
+                       static_cast<std::size_t>(size());
     for (std::size_t i = 0; i < count; ++i) sent.push_back(random_message(random_, 3000));
     received.resize(count);
     for (std::size_t i = 0; i < count; ++i) {
@@ -168,7 +169,8 @@ TEST_P(ControlTest, MailArrivesBesideCollectives) {
         const std::string text = std::to_string(rank()) + "/" + std::to_string(round);
         while (!control_->post(text, 0)) control_->all_max({});
         control_->barrier();
-        while (rank() == 0 && taken.size() < static_cast<std::size_t>((round + 1) * size())) {
+        while (rank() == 0 &&
+               taken.size() < static_cast<std::size_t>(round + 1) * static_cast<std::size_t>(size())) {
             if (const auto mail = control_->next_mail()) {
                 EXPECT_TRUE(mail->text.starts_with(std::to_string(mail->from) + "/")) << mail->text;
                 taken.push_back(mail->text);
