@@ -327,6 +327,9 @@ std::vector<Row> compute_rows() {
             [](auto& s) -> auto& { return s.compute.communicator; }),
         row("compute.device_memory", size_or_kind("free"), "most memory that a rank may take of its GPU",
             [](auto& s) -> auto& { return s.compute.device_memory; }),
+        row("compute.activations", word_kind({"auto", "stream", "recompute"}),
+            "what happens to activations that do not fit in memory",
+            [](auto& s) -> auto& { return s.compute.activations; }),
         row("compute.layer_groups", count_or_kind("auto"), "groups that the ranks form",
             [](auto& s) -> auto& { return s.compute.layer_groups; }),
         row("compute.stall_timeout", duration_kind(),
@@ -631,6 +634,11 @@ void require_consistent(const JobSpec& spec, const Places& places) {
     if (spec.compute.backend == "cpu" && spec.compute.device_memory)
         throw BadInput("{}: compute.device_memory is for GPUs, but compute.backend is cpu",
                        places.at("compute.device_memory"));
+    if (spec.compute.activations != "auto" && spec.quantization.propagate == "original")
+        throw BadInput(
+            "{}: compute.activations: needs quantization.propagate: quantized; with original hidden states "
+            "are always streamed from group to group",
+            places.at("compute.activations"));
     require_original(spec, places);
     for (std::size_t i = 0; i < spec.outputs.size(); ++i) {
         for (std::size_t j = 0; j < i; ++j) {

@@ -42,6 +42,7 @@ struct ComputeSpec {
     std::string backend = "auto";                // auto | cpu | cuda
     std::string communicator = "auto";           // auto | nccl | mpi
     std::optional<std::uint64_t> device_memory;  // bytes of a GPU; absent: what is free
+    std::string activations = "auto";            // auto | stream | recompute
     std::optional<std::int64_t> layer_groups;    // none: the plan chooses
     double stall_timeout = 600.0;                // seconds
 };

@@ -149,9 +149,11 @@ void add_placement(std::string& text, const Plan& plan) {
 
 // Where the activations of the calibration tokens live between stages.
 std::string activations_text(const PlannedRank& rank) {
-    if (rank.device_tokens == rank.tokens) return "all activations stay on the device";
-    return fmt::format("activations of {} of {} tokens stay on the device, the others are streamed",
-                       count_text(rank.device_tokens), count_text(rank.tokens));
+    const std::string what = rank.recomputes ? "hidden states" : "activations";
+    const std::string rest = rank.recomputes ? "; inputs of stages are recomputed" : "";
+    if (rank.device_tokens == rank.tokens) return fmt::format("all {} stay on the device{}", what, rest);
+    return fmt::format("{} of {} of {} tokens stay on the device, the others are streamed{}", what,
+                       count_text(rank.device_tokens), count_text(rank.tokens), rest);
 }
 
 // What fills the memory of the rank that needs most.

@@ -63,6 +63,7 @@ struct PlannedRank {
         0;  // of its device, less the gaps of a pool; on the CPU its share of the host's
     std::int64_t tokens = 0;
     std::int64_t device_tokens = 0;  // whose activations stay on the device; those of the others are streamed
+    bool recomputes = false;         // inputs carried between stages, instead of keeping them
     // What a rank with a device takes of its host: streamed activations, read-ahead, output on its way.
     std::uint64_t host_memory = 0, free_host_memory = 0;
 };

@@ -6,6 +6,11 @@
 
 namespace quantmill {
 
+std::size_t first_of_pass(const ModelGraph& graph, std::size_t stage, bool keeps_carried) {
+    while (!keeps_carried && graph.stages[stage].input != StageInput::norm) --stage;
+    return stage;
+}
+
 StateUse use_of_input(const ModelGraph& graph, std::size_t stage) {
     if (graph.stages[stage].input == StageInput::norm) return {.reads_hidden = true};
     return {.reads_carried = graph.stages[stage].group.columns()};
@@ -22,25 +27,30 @@ StateUse use_of_stages(const ModelGraph& graph, std::size_t first, std::size_t l
 }
 
 CalibrationBatches::CalibrationBatches(Backend& backend, const ModelGraph& graph,
-                                       std::span<const BatchShard> shards, std::int64_t device_tokens)
+                                       std::span<const BatchShard> shards,
+                                       const ActivationPlacement& placement)
     : backend_(backend),
       hidden_width_(graph.hidden_size),
-      carried_width_(BlockForward::carried_width(graph)),
+      carried_width_(placement.keeps_carried ? BlockForward::carried_width(graph) : 0),
       lane_(backend.make_copy_lane()) {
     std::int64_t tokens = 0;
     for (const BatchShard& shard : shards) {
         for (const MicroBatch& batch : shard.micro_batches) {
             batches_.push_back({batch, tokens});
             tokens += batch.sequences.tokens();
-            if (tokens > device_tokens) continue;
+            if (tokens > placement.device_tokens) continue;
             device_batches_ = batches_.size();
             device_tokens_ = tokens;
         }
         shards_.push_back(batches_.size());
     }
     device_ = make_state(device_tokens_, "calibration activations");
-    if (tokens == device_tokens_) return;
     const std::int64_t largest = limits_of(shards).tokens;
+    if (!placement.keeps_carried) {
+        recomputed_ = backend.empty({largest, BlockForward::carried_width(graph)}, backend.activation_dtype(),
+                                    "recomputed input of a stage");
+    }
+    if (tokens == device_tokens_) return;
     for (State& slot : slots_) slot = make_state(largest, "calibration activations on their way");
     const auto host_tokens = static_cast<std::size_t>(tokens - device_tokens_);
     const std::size_t element = size_of(backend.activation_dtype());
@@ -61,7 +71,9 @@ BatchState CalibrationBatches::view(std::size_t batch) {
     const std::int64_t begin = on_device(batch) ? batches_[batch].first_token : 0;
     const std::int64_t end = begin + plan.sequences.tokens();
     State& state = on_device(batch) ? device_ : slots_[batch % 2];
-    return {&plan.sequences, state.hidden.view().rows(begin, end), state.carried.view().rows(begin, end)};
+    const TensorView carried =
+        carried_width_ > 0 ? state.carried.view().rows(begin, end) : recomputed_.view().rows(0, end - begin);
+    return {&plan.sequences, state.hidden.view().rows(begin, end), carried};
 }
 
 std::byte* CalibrationBatches::host_hidden(std::size_t batch) const {
@@ -127,8 +139,9 @@ void CalibrationBatches::embed(const std::vector<std::vector<std::int32_t>>& seq
     });
 }
 
-std::size_t CalibrationBatches::bytes(const ModelGraph& graph, std::int64_t tokens, DType activation) {
-    const std::int64_t width = graph.hidden_size + BlockForward::carried_width(graph);
+std::size_t CalibrationBatches::bytes(const ModelGraph& graph, std::int64_t tokens, DType activation,
+                                      bool keeps_carried) {
+    const std::int64_t width = graph.hidden_size + (keeps_carried ? BlockForward::carried_width(graph) : 0);
     return static_cast<std::size_t>(tokens * width) * size_of(activation);
 }
 

@@ -18,25 +18,33 @@ struct StateUse {
     std::int64_t reads_carried = 0, writes_carried = 0;  // columns of the carried input
 };
 
+// What a rank keeps of its calibration tokens between stages: nothing of it changes a byte of the result.
+struct ActivationPlacement {
+    static constexpr std::int64_t kAllTokens = std::numeric_limits<std::int64_t>::max();
+    std::int64_t device_tokens = kAllTokens;  // whose activations stay on the device
+    // Keep the inputs that stages carry to the next one; else each pass recomputes them from the residual
+    // stream.
+    bool keeps_carried = true;
+};
+
+// Where a pass that needs the input of a stage begins: there, or where the residual stream was last changed.
+std::size_t first_of_pass(const ModelGraph& graph, std::size_t stage, bool keeps_carried);
 // The use of a pass that looks at the inputs of a stage, and of one that runs stages [first, last).
 StateUse use_of_input(const ModelGraph& graph, std::size_t stage);
 StateUse use_of_stages(const ModelGraph& graph, std::size_t first, std::size_t last);
 
-// The micro-batches that one rank owns and what it keeps of them between blocks: the residual stream and the
-// input carried to the next stage. The first batches live in device memory, the others in pinned host memory,
-// from where a pass streams them through two slots while it computes.
+// The micro-batches that one rank owns and what it keeps of them between stages: the residual stream and, if
+// placed so, the input carried to the next stage. The first batches live in device memory, the others in
+// pinned host memory, from where a pass streams them through two slots while it computes.
 class CalibrationBatches {
 public:
     struct Batch {
         MicroBatch plan;
         std::int64_t first_token = 0;  // of this rank's tokens
     };
-    // What a backend whose memory suffices keeps on the device.
-    static constexpr std::int64_t kAllTokens = std::numeric_limits<std::int64_t>::max();
-
     // `shards`: those of this rank. Batches whose tokens all lie below device_tokens stay on the device.
     CalibrationBatches(Backend& backend, const ModelGraph& graph, std::span<const BatchShard> shards,
-                       std::int64_t device_tokens = kAllTokens);
+                       const ActivationPlacement& placement = {});
 
     std::size_t shards() const { return shards_.size() - 1; }
     // Batches of all shards, in order; those of shard s are [first_of(s), first_of(s + 1)).
@@ -69,7 +77,8 @@ public:
     void embed(const std::vector<std::vector<std::int32_t>>& sequences, ConstTensorView table);
 
     // Bytes that `tokens` tokens take, wherever they live.
-    static std::size_t bytes(const ModelGraph& graph, std::int64_t tokens, DType activation);
+    static std::size_t bytes(const ModelGraph& graph, std::int64_t tokens, DType activation,
+                             bool keeps_carried);
 
 private:
     struct State {
@@ -85,13 +94,15 @@ private:
     void download(std::size_t batch, const StateUse& use);
 
     Backend& backend_;
-    std::int64_t hidden_width_, carried_width_;
+    std::int64_t hidden_width_;
+    std::int64_t carried_width_;  // 0: not kept
     std::vector<Batch> batches_;
     std::vector<std::size_t> shards_{0};  // first batch of each, then their number
     std::size_t device_batches_ = 0;
     std::int64_t device_tokens_ = 0;  // in them
     State device_;
     std::array<State, 2> slots_;
+    Tensor recomputed_;  // [largest micro-batch, carried width]: of the current batch, when it is not kept
     std::array<EventPtr, 2> uploaded_;
     HostBuffer host_hidden_, host_carried_;
     std::unique_ptr<CopyLane> lane_;  // goes first: its copies use the buffers

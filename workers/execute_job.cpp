@@ -35,7 +35,7 @@ std::uint64_t peak_memory(Control& control, const Backend& backend) {
 }
 
 // The run loop of propagate: quantized: block after block, each read ahead, quantized and written.
-void quantize_blocks(const PreparedJob& job, const LayerPlan& layers, std::int64_t device_tokens,
+void quantize_blocks(const PreparedJob& job, const LayerPlan& layers, const ActivationPlacement& activations,
                      Control& control, Backend& backend, Communicator& communicator, Coordinator& coordinator,
                      CheckpointOutput& output, Progress& progress, Report& report) {
     WeightLoader loader(backend, control, communicator, job.reader, job.graph);
@@ -43,7 +43,7 @@ void quantize_blocks(const PreparedJob& job, const LayerPlan& layers, std::int64
     const auto row_communicator =
         make_team_communicator(job.spec.compute.communicator, *row_control, backend);
     Worker worker(backend, {control, communicator}, {*row_control, *row_communicator}, coordinator, job.graph,
-                  {gptq_options(job.spec.quantization), job.spec.quantization.true_sequential, device_tokens},
+                  {gptq_options(job.spec.quantization), job.spec.quantization.true_sequential, activations},
                   job.shards);
     loader.prefetch_block(0);
     worker.embed(job.calibration.sequences,
@@ -79,7 +79,7 @@ void run_quantized(const PreparedJob& job, const LayerPlan& layers, Control& con
     {
         Progress progress(control.rank() == 0, job.graph.blocks, job.graph.stages.size(),
                           context.expected_seconds);
-        quantize_blocks(job, layers, context.device_tokens, control, backend, *communicator, coordinator,
+        quantize_blocks(job, layers, context.activations, control, backend, *communicator, coordinator,
                         output, progress, report);
     }
     report.layers = describe_traffic(control);

@@ -15,7 +15,7 @@ namespace quantmill {
 struct RunContext {
     Stopwatch watch;
     double expected_seconds = 0.0;
-    std::int64_t device_tokens = CalibrationBatches::kAllTokens;  // whose activations stay on the device
+    ActivationPlacement activations;
 };
 
 // Quantizes a job into its output directories, which are ready, and completes `reports`, one a checkpoint.

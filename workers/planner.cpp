@@ -132,17 +132,25 @@ std::vector<NamedBytes> fixed_memory(const PreparedJob& job, const Backend& back
     return memory;
 }
 
-// Decides how many of the rank's tokens keep their activations on the device, and what it holds then.
-void place_activations(const PreparedJob& job, const Backend& backend, int world_size, int row_ranks,
-                       PlannedRank& rank) {
+// What a rank holds, and of how many tokens on the device, when it recomputes what stages carry or not.
+PlannedRank with_activations(const PreparedJob& job, const Backend& backend, int world_size, int row_ranks,
+                             PlannedRank rank, bool recomputes) {
+    rank.recomputes = recomputes;
+    const bool keeps_carried = activations_of(job.spec, rank).keeps_carried;
+    const std::int64_t batch = limits_of(job.shards).tokens;
     const auto bytes_of = [&](std::int64_t tokens) -> std::uint64_t {
-        return CalibrationBatches::bytes(job.graph, tokens, backend.activation_dtype());
+        return CalibrationBatches::bytes(job.graph, tokens, backend.activation_dtype(), keeps_carried);
     };
     rank.memory = fixed_memory(job, backend, world_size, row_ranks);
+    if (!keeps_carried) {
+        const auto width = static_cast<std::uint64_t>(batch * BlockForward::carried_width(job.graph));
+        rank.memory.push_back(
+            {"inputs of a stage, a micro-batch", width * size_of(backend.activation_dtype())});
+    }
     rank.device_tokens = rank.tokens;
     if (!backend.host_memory()) {
         rank.host_memory = 2 * rank.memory.at(1).bytes + CheckpointOutput::kMostWaiting;
-        const std::uint64_t slots = bytes_of(2 * limits_of(job.shards).tokens);
+        const std::uint64_t slots = bytes_of(2 * batch);
         const std::uint64_t fixed = total_memory(rank);
         if (fixed + bytes_of(rank.tokens) > rank.free_memory) {
             rank.memory.push_back({"activations on their way from and to the host", slots});
@@ -151,7 +159,22 @@ void place_activations(const PreparedJob& job, const Backend& backend, int world
             rank.host_memory += bytes_of(rank.tokens - rank.device_tokens);
         }
     }
-    rank.memory.insert(rank.memory.begin(), {"calibration activations", bytes_of(rank.device_tokens)});
+    rank.memory.insert(rank.memory.begin(),
+                       {keeps_carried ? "calibration activations" : "hidden states of the calibration tokens",
+                        bytes_of(rank.device_tokens)});
+    return rank;
+}
+
+// Decides where the activations of a rank's tokens live: on the device, in the host's memory, or nowhere.
+void place_activations(const PreparedJob& job, const Backend& backend, int world_size, int row_ranks,
+                       PlannedRank& rank) {
+    const auto placed = [&](bool recomputes) {
+        return with_activations(job, backend, world_size, row_ranks, rank, recomputes);
+    };
+    const std::string& wanted = job.spec.compute.activations;
+    const PlannedRank kept = placed(false);
+    const bool fits = total_memory(kept) <= kept.free_memory && kept.host_memory <= kept.free_host_memory;
+    rank = wanted == "recompute" || (wanted == "auto" && !fits) ? placed(true) : kept;
 }
 
 // Batch shards of a rank: in its group when groups stream, else among all.
@@ -254,17 +277,33 @@ double measure_gflops(const ModelGraph& graph, Control& control, Backend& backen
 }
 
 // Elements a token that a block moves between device and host when the token's activations are kept there.
-std::int64_t streamed_elements(const ModelGraph& graph) {
+std::int64_t streamed_elements(const ModelGraph& graph, bool keeps_carried) {
     std::int64_t elements = 0;
     const auto count = [&](const StateUse& use) {
         elements += use.reads_carried + use.writes_carried;
         elements += graph.hidden_size * ((use.reads_hidden ? 1 : 0) + (use.writes_hidden ? 1 : 0));
     };
     for (std::size_t stage = 0; stage < graph.stages.size(); ++stage) {
-        count(use_of_input(graph, stage));
-        count(use_of_stages(graph, stage, stage + 1));
+        const std::size_t first = first_of_pass(graph, stage, keeps_carried);
+        count(use_of_input(graph, first));
+        if (keeps_carried || graph.stages[stage].residual) count(use_of_stages(graph, first, stage + 1));
     }
     return elements;
+}
+
+// Operations a token of a block's forward pass, `attention`: of its attention. With what is recomputed, every
+// stage whose input is carried runs those before it once more.
+double forward_flops(const ModelGraph& graph, double attention, bool keeps_carried) {
+    double flops = 2.0 * static_cast<double>(graph.block_parameters()) + attention;
+    for (std::size_t stage = 0; stage < graph.stages.size(); ++stage) {
+        const std::size_t first = first_of_pass(graph, stage, keeps_carried);
+        for (std::size_t before = first; before < stage; ++before) {
+            const LinearGroup& group = graph.stages[before].group;
+            flops += 2.0 * static_cast<double>(group.rows() * group.columns());
+            if (graph.stages[before + 1].input == StageInput::attention) flops += attention;
+        }
+    }
+    return flops;
 }
 
 // docs/algorithm.md, "What it costs": operations over the measured rate.
@@ -277,18 +316,20 @@ PlannedTime estimate_time(const PreparedJob& job, double gflops, const Backend& 
     const RateShares& share = backend.host_memory() ? kHostShares : kDeviceShares;
     std::int64_t busiest_rank = 0;  // tokens of the rank that has most
     std::int64_t streamed = 0;      // of the rank that keeps most on its host
+    bool recomputes = false;        // some rank
     for (const PlannedRank& rank : plan.ranks) {
         busiest_rank = std::max(busiest_rank, rank.tokens);
         streamed = std::max(streamed, rank.tokens - rank.device_tokens);
+        recomputes = recomputes || rank.recomputes;
     }
     const auto busiest = static_cast<double>(busiest_rank);
     const Attention& attention = job.graph.attention;
     const double attention_flops =
         2.0 * static_cast<double>(plan.calibration.longest * attention.heads * attention.head_dim);
     const double passes = job.spec.quantization.true_sequential ? 1.0 : 2.0;
-    time.forward =
-        passes * blocks * busiest *
-        (2.0 * static_cast<double>(job.graph.block_parameters()) + attention_flops / share.attention) / rate;
+    const bool keeps_carried = !recomputes || !job.spec.quantization.true_sequential;
+    time.forward = passes * blocks * busiest *
+                   forward_flops(job.graph, attention_flops / share.attention, keeps_carried) / rate;
     for (const Stage& stage : job.graph.stages) {
         const auto n = static_cast<double>(stage.group.columns());
         const auto rows = static_cast<double>(stage.group.rows());
@@ -298,7 +339,8 @@ PlannedTime estimate_time(const PreparedJob& job, double gflops, const Backend& 
     }
     const double streamed_bytes = blocks * static_cast<double>(streamed) *
                                   static_cast<double>(size_of(backend.activation_dtype())) *
-                                  static_cast<double>(streamed_elements(job.graph));
+                                  static_cast<double>(streamed_elements(
+                                      job.graph, !recomputes && job.spec.quantization.true_sequential));
     // Reading and writing hide behind computing as far as that lasts; the first block and the output's tail
     // do not.
     const double computing = time.total();
@@ -415,6 +457,11 @@ void find_shortages(Plan& plan, bool on_device) {
 }
 
 }  // namespace
+
+ActivationPlacement activations_of(const JobSpec& spec, const PlannedRank& rank) {
+    // Without true_sequential one pass sees a whole block, so that nothing is carried from pass to pass.
+    return {rank.device_tokens, spec.quantization.true_sequential && !rank.recomputes};
+}
 
 Plan make_plan(const PreparedJob& job, Control& control, Backend& backend, const std::string& communicator,
                bool measure, bool overwrite, const std::optional<World>& imagined) {

@@ -119,11 +119,10 @@ void run_job(const RunCommand& command, Control& control) {
         reports.back().warnings = plan.warnings;
         reports.back().layers.bubble = plan.layers.bubble;
     }
+    const PlannedRank& mine = plan.ranks.at(static_cast<std::size_t>(control.rank()));
     Coordinator coordinator(control, compute.stall_timeout, original);
-    execute_job(
-        jobs, layers_of(job, world, *backend), control, *backend, coordinator,
-        {watch, expected_seconds, plan.ranks.at(static_cast<std::size_t>(control.rank())).device_tokens},
-        reports);
+    execute_job(jobs, layers_of(job, world, *backend), control, *backend, coordinator,
+                {watch, expected_seconds, activations_of(job.spec, mine)}, reports);
     coordinator.finish();
     for (std::size_t o = 0; o < jobs.size() && control.rank() == 0; ++o) {
         fmt::print("{}\ncheckpoint: {}\n", summary_table(reports[o]), jobs[o].spec.output.directory.string());

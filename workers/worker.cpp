@@ -28,7 +28,7 @@ Worker::Worker(Backend& backend, Team all, Team rows, Coordinator& coordinator, 
       options_(options),
       job_shards_(static_cast<std::int64_t>(shards.size())),
       solver_(backend, graph, options.gptq, tokens_of_shards(shards)),
-      batches_(backend, graph, own(shards, all.control), options.device_tokens),
+      batches_(backend, graph, own(shards, all.control), options.activations),
       forward_(backend, graph, limits_of(shards).tokens, limits_of(shards).length),
       clock_(backend) {
     if (!options.true_sequential) {
@@ -94,7 +94,8 @@ std::vector<ReducedHessian> Worker::reduce_hessians(int block, StageSpan stages,
         hessians.push_back(
             {HessianAccumulator(backend_, graph_.stages[stage].group.columns(), job_shards_), {}});
     }
-    CalibrationBatches::Pass pass(batches_, use_of_input(graph_, stages.first));
+    const std::size_t first = first_of_pass(graph_, stages.first, options_.activations.keeps_carried);
+    CalibrationBatches::Pass pass(batches_, use_of_input(graph_, first));
     clock_.start();
     // Rank 0 owns the first shard, which fixes the exponents for all.
     if (batches_.shards() > 0) accumulate_shard(block, 0, stages, weights, pass, hessians);
@@ -108,6 +109,14 @@ std::vector<ReducedHessian> Worker::reduce_hessians(int block, StageSpan stages,
     return hessians;
 }
 
+void Worker::recompute(std::size_t stage, const BlockWeights& weights, const BatchState& state) {
+    const std::size_t first = first_of_pass(graph_, stage, options_.activations.keeps_carried);
+    for (std::size_t before = first; before < stage; ++before) {
+        const TensorView input = forward_.stage_input(graph_.stages[before], weights, state);
+        forward_.run_stage(before, input, weights, state);
+    }
+}
+
 void Worker::accumulate_shard(int block, std::size_t shard, StageSpan stages, const BlockWeights& weights,
                               CalibrationBatches::Pass& pass, std::vector<ReducedHessian>& hessians) {
     const bool whole_block = stages.last - stages.first > 1;
@@ -119,6 +128,7 @@ void Worker::accumulate_shard(int block, std::size_t shard, StageSpan stages, co
             backend_.copy(state.hidden, trial);
             state.hidden = trial;
         }
+        recompute(stages.first, weights, state);
         for (std::size_t stage = stages.first; stage < stages.last; ++stage) {
             const TensorView input = forward_.stage_input(graph_.stages[stage], weights, state);
             clock_.lap(&StageSeconds::forward);
@@ -198,10 +208,14 @@ void Worker::use_quantized(std::size_t stage, const QuantizedLinear& quantized, 
 }
 
 void Worker::advance(int block, StageSpan stages, const BlockWeights& weights) {
+    const bool keeps_carried = options_.activations.keeps_carried;
+    if (!keeps_carried && !graph_.stages[stages.last - 1].residual) return;  // the next pass recomputes it
     clock_.start();
-    const StateUse use = use_of_stages(graph_, stages.first, stages.last);
+    const StateUse use =
+        use_of_stages(graph_, first_of_pass(graph_, stages.first, keeps_carried), stages.last);
     batches_.for_each(use, [&](const CalibrationBatches::Batch&, const BatchState& state) {
         report(block, stages.last - 1, "forward through quantized linears");
+        recompute(stages.first, weights, state);
         for (std::size_t stage = stages.first; stage < stages.last; ++stage) {
             const TensorView input = forward_.stage_input(graph_.stages[stage], weights, state);
             forward_.run_stage(stage, input, weights, state);

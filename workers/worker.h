@@ -24,7 +24,7 @@ public:
     struct Options {
         GptqOptions gptq;  // grid.group_size as in the job: -1 is one group a row
         bool true_sequential = true;
-        std::int64_t device_tokens = CalibrationBatches::kAllTokens;  // whose activations stay on the device
+        ActivationPlacement activations;
     };
     // `all`: the ranks that share the sequences; `rows`: those among them that share the rows. `shards`: all
     // of the job.
@@ -46,6 +46,8 @@ private:
 
     void quantize_at_once(int block, BlockWeights& weights, const StageDone& done);
     std::vector<ReducedHessian> reduce_hessians(int block, StageSpan stages, const BlockWeights& weights);
+    // Brings a batch from where the pass began to the input of `stage`.
+    void recompute(std::size_t stage, const BlockWeights& weights, const BatchState& state);
     void accumulate_shard(int block, std::size_t shard, StageSpan stages, const BlockWeights& weights,
                           CalibrationBatches::Pass& pass, std::vector<ReducedHessian>& hessians);
     void close_shard(int block, StageSpan stages, std::vector<ReducedHessian>& hessians);

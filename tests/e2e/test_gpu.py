@@ -54,9 +54,11 @@ def test_same_bytes(quantmill: Run, tmp_path: Path) -> None:
         options = {"bits": choose.choice([2, 3, 4, 8]), "desc_act": choose.choice([True, False]), "true_sequential": choose.choice([True, False])}
         job, _ = make_job(directory, family, choose.randrange(1000), sequences, **options)
         expected = run(quantmill, job, directory / "out", 1)
-        for ranks, memory in [(1, "free"), (1, TIGHT), (2, "free"), (4, "free"), (2, TIGHT)]:
-            assert run(quantmill, job, directory / f"out-{ranks}-{memory}", ranks, device_memory=memory) == expected, (
-                f"seed {seed}, {family}, {options}, {ranks} ranks, {memory}"
+        spread = [(1, "free", "recompute"), (1, TIGHT, "stream"), (2, "free", "auto"), (4, "free", "auto"), (2, TIGHT, "recompute")]
+        for ranks, memory, activations in spread:
+            output = directory / f"out-{ranks}-{memory}-{activations}"
+            assert run(quantmill, job, output, ranks, device_memory=memory, activations=activations) == expected, (
+                f"seed {seed}, {family}, {options}, {ranks} ranks, {memory}, {activations}"
             )
 
 

@@ -98,8 +98,9 @@ def test_random_models(quantmill: Run, tmp_path: Path) -> None:
         directory = tmp_path / str(case)
         job, choices = random_job(choose, list(FAMILIES)[case % len(FAMILIES)], directory)
         ranks, threads = choose.randint(2, 7), choose.choice([1, 2])
-        message = f"seed {seed}, case {case}: {ranks} ranks, {threads} threads, {choices}"
+        activations = choose.choice(["stream", "recompute"])
+        message = f"seed {seed}, case {case}: {ranks} ranks, {threads} threads, {activations}, {choices}"
         print(message)
         expected = quantize(quantmill, job, directory / "alone", 1, 1)
-        assert quantize(quantmill, job, directory / "spread", ranks, threads) == expected, message
+        assert quantize(quantmill, job, directory / "spread", ranks, threads, "--set", f"compute.activations={activations}") == expected, message
     print(f"{case} random models")

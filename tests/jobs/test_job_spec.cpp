@@ -89,6 +89,7 @@ compute:
   backend: cuda
   communicator: mpi
   device_memory: 24GB
+  activations: auto
   layer_groups: 3
   stall_timeout: 1.5min
 )";
@@ -117,6 +118,8 @@ TEST(JobSpec, EveryKeyReachesItsMember) {
     EXPECT_EQ(spec.quantization.propagate, "original");
     EXPECT_EQ(spec.compute.backend, "cuda");
     EXPECT_EQ(spec.compute.communicator, "mpi");
+    EXPECT_EQ(spec.compute.activations, "auto");
+    EXPECT_EQ(parse(minimal, {"compute.activations=recompute"}).compute.activations, "recompute");
     EXPECT_EQ(spec.compute.layer_groups, 3);
     EXPECT_EQ(spec.compute.stall_timeout, 90.0);
     EXPECT_EQ(spec.compute.device_memory, 24'000'000'000U);
@@ -444,6 +447,9 @@ TEST(JobSpec, ContradictionsAreRefused) {
     EXPECT_NO_THROW(parse(minimal, {"quantization.sym=false", "output.format=gptq_v2"}));
     EXPECT_NE(error_of(minimal, {"compute.backend=cpu", "compute.communicator=nccl"})
                   .find("--set compute.communicator=nccl: compute.communicator: nccl needs GPUs"),
+              std::string::npos);
+    EXPECT_NE(error_of(minimal, {"compute.activations=recompute", "quantization.propagate=original"})
+                  .find("compute.activations: needs quantization.propagate: quantized"),
               std::string::npos);
 }
 

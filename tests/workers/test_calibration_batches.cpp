@@ -26,19 +26,24 @@ protected:
 
     // Runs stages of a made-up block: what a pass may read goes into a sum, what it writes depends on what it
     // read. Returns everything seen.
-    std::vector<double> walk(std::int64_t device_tokens) {
-        CalibrationBatches batches(*backend_, graph_, shards_, device_tokens);
+    std::vector<double> walk(const ActivationPlacement& placement) {
+        CalibrationBatches batches(*backend_, graph_, shards_, placement);
         batches.for_each({.writes_hidden = true}, [](const auto& batch, const BatchState& state) {
             fill(state.hidden, static_cast<float>(batch.first_token % 97));
         });
         std::vector<double> seen;
         for (int block = 0; block < 2; ++block) {
             for (std::size_t stage = 0; stage < graph_.stages.size(); ++stage) {
-                batches.for_each(use_of_input(graph_, stage), [&](const auto&, const BatchState& state) {
+                const std::size_t first = first_of_pass(graph_, stage, placement.keeps_carried);
+                batches.for_each(use_of_input(graph_, first), [&](const auto&, const BatchState& state) {
+                    for (std::size_t before = first; before < stage; ++before) step(before, state);
                     seen.push_back(sum(input(stage, state)));
                 });
-                batches.for_each(use_of_stages(graph_, stage, stage + 1),
-                                 [&](const auto&, const BatchState& state) { step(stage, state); });
+                if (!placement.keeps_carried && !graph_.stages[stage].residual) continue;
+                batches.for_each(use_of_stages(graph_, first, stage + 1),
+                                 [&](const auto&, const BatchState& state) {
+                                     for (std::size_t s = first; s <= stage; ++s) step(s, state);
+                                 });
             }
         }
         batches.for_each({.reads_hidden = true},
@@ -80,15 +85,19 @@ protected:
 
 TEST_F(CalibrationBatchesTest, WhereActivationsLiveChangesNothing) {
     SCOPED_TRACE(fmt::format("seed {}", seed_));
-    const std::vector<double> expected = walk(CalibrationBatches::kAllTokens);
-    for (const std::int64_t device_tokens : {std::int64_t{0}, tokens_ / 3, tokens_ - 1, tokens_}) {
-        EXPECT_EQ(walk(device_tokens), expected) << device_tokens << " of " << tokens_ << " tokens";
+    const std::vector<double> expected = walk({});
+    for (const bool keeps_carried : {true, false}) {
+        for (const std::int64_t device_tokens : {std::int64_t{0}, tokens_ / 3, tokens_ - 1, tokens_}) {
+            EXPECT_EQ(walk({device_tokens, keeps_carried}), expected)
+                << device_tokens << " of " << tokens_ << " tokens, carried inputs "
+                << (keeps_carried ? "kept" : "recomputed");
+        }
     }
 }
 
 TEST_F(CalibrationBatchesTest, ShardsHoldTheirBatchesInOrder) {
     SCOPED_TRACE(fmt::format("seed {}", seed_));
-    const CalibrationBatches batches(*backend_, graph_, shards_, tokens_ / 2);
+    const CalibrationBatches batches(*backend_, graph_, shards_, {.device_tokens = tokens_ / 2});
     ASSERT_EQ(batches.shards(), shards_.size());
     std::int64_t token = 0;
     for (std::size_t s = 0; s < shards_.size(); ++s) {

@@ -224,9 +224,28 @@ TEST_F(Planner, ActivationsThatDoNotFitAreStreamed) {
     EXPECT_EQ(tight.host_memory - roomy.host_memory, 201 * kTokenBytes);
     EXPECT_EQ(rank_with(least - 200 * kTokenBytes).device_tokens, 0);
     MemoryBackend tiny(false, free_for(least - 200 * kTokenBytes - 1));
-    const Plan plan = make_plan(prepared, *control_, tiny, "mpi", false);
+    EXPECT_TRUE(make_plan(prepared, *control_, tiny, "mpi", false).ranks.at(0).recomputes);
+    spec_.compute.activations = "stream";
+    const Plan plan = make_plan(job({100, 100, 100, 100}), *control_, tiny, "mpi", false);
     ASSERT_EQ(plan.problems.size(), 1U);
     EXPECT_TRUE(contains(plan.problems[0], "compute.device_memory")) << plan.problems[0];
+}
+
+TEST_F(Planner, InputsOfStagesAreRecomputedWhenThereIsNoRoomForThem) {
+    const auto rank_with = [&](std::uint64_t free) {
+        MemoryBackend host(true, free);
+        return make_plan(job({100, 100, 100, 100}), *control_, host, "mpi", false).ranks.at(0);
+    };
+    const PlannedRank roomy = rank_with(std::uint64_t{1} << 30U);
+    EXPECT_FALSE(roomy.recomputes);
+    const PlannedRank tight = rank_with(total_memory(roomy) - 1);
+    EXPECT_TRUE(tight.recomputes);
+    // The largest batch has 100 of the 400 tokens; 96 columns are carried.
+    EXPECT_EQ(total_memory(roomy) - total_memory(tight), 300U * 96 * 4);
+    spec_.compute.activations = "stream";
+    EXPECT_FALSE(rank_with(total_memory(roomy) - 1).recomputes);
+    spec_.compute.activations = "recompute";
+    EXPECT_TRUE(rank_with(std::uint64_t{1} << 30U).recomputes);
 }
 
 }  // namespace
