@@ -142,8 +142,12 @@ void write_store(const SyntheticModel& model, const fs::path& path, const std::s
 }  // namespace
 
 void write_synthetic_model(const SyntheticModel& model, const fs::path& directory) {
-    if (!fs::exists(directory / "model/model.safetensors.index.json"))
+    if (!fs::exists(directory / "model/model.safetensors.index.json")) {
         write_model(model, directory / "model");
+    } else if (read_text(directory / "model/config.json") != config_of(model).dump(2)) {
+        throw BadInput("{} holds a model of another shape: remove it, or name another --directory",
+                       (directory / "model").string());
+    }
     write_store(model, directory / "calibration.h5", sha256_of_file(directory / "model/tokenizer.json"));
 }
 

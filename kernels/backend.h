@@ -64,8 +64,9 @@ public:
     virtual std::string description() const = 0;  // hardware and libraries, for the report
     virtual DType activation_dtype() const = 0;   // f32 on the CPU, bf16 on GPUs
     virtual int threads() const { return 1; }     // host threads it computes with
-    // Bytes that may still be allocated, within compute.device_memory.
-    virtual std::size_t free_memory() const = 0;
+    // Bytes that each of `ranks` that share the memory may still allocate, within compute.device_memory,
+    // which is a rank's own.
+    virtual std::size_t free_memory(int ranks) const = 0;
     virtual std::size_t peak_memory() const = 0;  // the most bytes that were taken at a time so far
     virtual bool host_memory() const = 0;         // whether the host may dereference views
     // The same for all processes that use this device, and for no other device; empty on the host.

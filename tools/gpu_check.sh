@@ -43,14 +43,21 @@ initcheck() {
     if grep -A1 'Uninitialized __global__ memory read' "$log" | grep -m 5 '    at .*quantmill'; then return 1; fi
     echo "initcheck: no kernel of ours read what nobody wrote"
 }
-# cuBLASLt's kernels synchronize in ways that racecheck does not see: only hazards in ours count.
+# cuBLASLt's kernels synchronize in ways that racecheck does not see: only hazards in ours count. They also take
+# it long, so each test has a process of its own, several side by side.
 racecheck() {
-    local log=${TMPDIR:-/tmp}/racecheck.log
-    compute-sanitizer --tool racecheck --print-limit 100000 "$(program test_cuda_backend)" --gtest_brief=1 \
-        --gtest_filter="$small" >"$log" 2>&1 || true
-    tail -n 3 "$log"
-    if grep '  at .*quantmill\|in .*quantmill' "$log" | sort | uniq -c | head -n 5 | grep .; then return 1; fi
-    echo "racecheck: no hazard in kernels of ours"
+    local logs test
+    logs=$(mktemp -d)
+    "$(program test_cuda_backend)" --gtest_list_tests --gtest_filter="$small" |
+        awk '/^[^ ].*\.$/ { suite = $1 } /^ / { print suite $1 }' >"$logs/tests"
+    xargs -P 8 -I{} sh -c 'compute-sanitizer --tool racecheck --print-limit 100000 "$1" --gtest_brief=1 \
+        --gtest_filter="$2" >"$3/$2.log" 2>&1' _ "$(program test_cuda_backend)" {} "$logs" <"$logs/tests" || true
+    while read -r test; do
+        grep -q 'RACECHECK SUMMARY' "$logs/$test.log" && grep -q 'PASSED.* 1 test' "$logs/$test.log" ||
+            { echo "racecheck: $test did not end:"; tail -n 3 "$logs/$test.log"; return 1; }
+    done <"$logs/tests"
+    if grep -h '  at .*quantmill\|in .*quantmill' "$logs"/*.log | sort | uniq -c | head -n 5 | grep .; then return 1; fi
+    echo "racecheck: $(wc -l <"$logs/tests") tests, no hazard in kernels of ours"
 }
 small='-*several_panels*:Solve.agrees_with_the_cpu:*same_bytes*:Memory.out_of_memory*:Memory.a_limit*'
 

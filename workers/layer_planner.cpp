@@ -159,11 +159,10 @@ std::size_t usable_device_memory(std::size_t free) {
 
 World gather_world(Control& control, const Backend& backend) {
     const std::vector<std::string> devices = control.all_gather(backend.unique_device());
-    const auto sharing = [&](const std::string& device) {
-        return backend.host_memory() ? static_cast<std::size_t>(control.local_size())
-                                     : static_cast<std::size_t>(std::ranges::count(devices, device));
-    };
-    const std::size_t free = backend.free_memory() / sharing(backend.unique_device());
+    const auto sharing = backend.host_memory()
+                             ? control.local_size()
+                             : static_cast<int>(std::ranges::count(devices, backend.unique_device()));
+    const std::size_t free = backend.free_memory(sharing);
     const nlohmann::json mine{control.host(), backend.host_memory() ? free : usable_device_memory(free),
                               free_host_memory() / static_cast<std::size_t>(control.local_size())};
     World world;

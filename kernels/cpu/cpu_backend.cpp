@@ -44,7 +44,9 @@ std::string CpuBackend::description() const {
     return text;
 }
 
-std::size_t CpuBackend::free_memory() const { return free_host_memory(); }
+std::size_t CpuBackend::free_memory(int ranks) const {
+    return free_host_memory() / static_cast<std::size_t>(ranks);
+}
 
 std::size_t CpuBackend::peak_memory() const { return peak_host_memory(); }
 
@@ -55,7 +57,7 @@ void* CpuBackend::allocate(std::size_t bytes, const std::string& what) {
     void* memory = std::aligned_alloc(kAlignment, rounded);
     if (memory == nullptr) {
         throw InfrastructureError("out of host memory: {} needs {} bytes, {} are free", what, bytes,
-                                  free_memory());
+                                  free_memory(1));
     }
     return memory;
 }

@@ -23,7 +23,7 @@ public:
     std::string name() const override { return "cpu"; }
     std::string description() const override;
     DType activation_dtype() const override { return DType::f32; }
-    std::size_t free_memory() const override;
+    std::size_t free_memory(int ranks) const override;
     std::size_t peak_memory() const override;
     bool host_memory() const override { return true; }
     std::int64_t micro_batch_tokens() const override { return 2048; }

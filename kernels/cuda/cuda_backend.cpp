@@ -95,12 +95,13 @@ std::string CudaBackend::unique_device() const {
     return fmt::format("{:02x}", fmt::join(bytes, bytes + sizeof(properties.uuid.bytes), ""));
 }
 
-std::size_t CudaBackend::free_memory() const {
+std::size_t CudaBackend::free_memory(int ranks) const {
     std::size_t free = 0;
     std::size_t total = 0;
     check(cudaMemGetInfo(&free, &total), "cudaMemGetInfo");
     const std::size_t used = pool_bytes(pool_, cudaMemPoolAttrUsedMemCurrent);
     free += pool_bytes(pool_, cudaMemPoolAttrReservedMemCurrent) - used;
+    free /= static_cast<std::size_t>(ranks);
     return memory_limit_ ? std::min(free, *memory_limit_ - std::min(used, *memory_limit_)) : free;
 }
 
@@ -142,7 +143,7 @@ void CudaBackend::out_of_memory(std::size_t bytes, const std::string& what) cons
     throw InfrastructureError(
         "out of memory on CUDA device {}: {} needs {} bytes, {} are free; {} bytes are held by {} "
         "allocations, the largest: {}. Lower compute.device_memory or use more GPUs",
-        device_, what, bytes, free_memory(), sum, held.size(), list);
+        device_, what, bytes, free_memory(1), sum, held.size(), list);
 }
 
 void CudaBackend::copy_from_host(const void* source, TensorView destination) {

@@ -35,7 +35,7 @@ public:
     std::string name() const override { return "cuda"; }
     std::string description() const override;
     DType activation_dtype() const override { return DType::bf16; }
-    std::size_t free_memory() const override;
+    std::size_t free_memory(int ranks) const override;
     std::size_t peak_memory() const override;
     bool host_memory() const override { return false; }
     std::string unique_device() const override;

@@ -16,7 +16,7 @@ public:
     std::string name() const override { return "memory"; }
     std::string description() const override { return "memory"; }
     DType activation_dtype() const override { return DType::f32; }
-    std::size_t free_memory() const override { return free_; }
+    std::size_t free_memory(int ranks) const override { return free_ / static_cast<std::size_t>(ranks); }
     bool host_memory() const override { return host_; }
     void* allocate(std::size_t bytes, const std::string&) override {
         return moved(std::malloc(bytes == 0 ? 1 : bytes), offset());

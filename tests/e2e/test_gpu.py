@@ -62,6 +62,18 @@ def test_same_bytes(quantmill: Run, tmp_path: Path) -> None:
             )
 
 
+def test_same_bytes_of_layer_groups(quantmill: Run, tmp_path: Path) -> None:
+    sequences = random_sequences(60, 400, vocabulary=256)
+    job, _ = make_job(tmp_path, "Llama", 7, sequences, propagate="original")
+    expected = run(quantmill, job, tmp_path / "out", 1)
+    for ranks, groups in [(1, 1), (2, 1), (2, 2), (4, 2)]:
+        assert run(quantmill, job, tmp_path / f"out-{ranks}-{groups}", ranks, layer_groups=groups) == expected, (ranks, groups)
+    store = f"{tmp_path / 'hessians'}"
+    quantmill("run", job, "--set", f"output.directory={tmp_path / 'saved'}", "--set", f"calibration.save_hessians={store}", ranks=2)
+    quantmill("run", job, "--set", f"output.directory={tmp_path / 'loaded'}", "--set", f"calibration.hessians={store}", ranks=1)
+    assert digests(tmp_path / "saved") == digests(tmp_path / "loaded") == expected
+
+
 def test_a_budget_holds_and_the_plan_knows(quantmill: Run, tmp_path: Path) -> None:
     job, _ = make_job(tmp_path, "Llama", 3, random_sequences(150, 700, vocabulary=256))
     run(quantmill, job, tmp_path / "roomy", 1)

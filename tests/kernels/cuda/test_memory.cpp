@@ -30,17 +30,17 @@ TEST_F(Memory, copies) {
     Tensor b = poisoned(cuda(), {10, 100}, DType::f32);
     cuda().copy(a, b);
     EXPECT_EQ(get<float>(b), values);
-    EXPECT_GT(cuda().free_memory(), 0U);
+    EXPECT_GT(cuda().free_memory(1), 0U);
     EXPECT_FALSE(cuda().description().empty());
 }
 
 TEST_F(Memory, a_limit_holds) {
     constexpr std::size_t kLimit = std::size_t{256} << 20U;
     CudaBackend limited(0, kLimit);
-    EXPECT_LE(limited.free_memory(), kLimit);
+    EXPECT_LE(limited.free_memory(1), kLimit);
     {
         const Tensor most = limited.empty({200 << 20}, DType::u8, "most of it");
-        EXPECT_LE(limited.free_memory(), kLimit - (std::size_t{200} << 20U));
+        EXPECT_LE(limited.free_memory(1), kLimit - (std::size_t{200} << 20U));
         EXPECT_THROW(static_cast<void>(limited.empty({100 << 20}, DType::u8, "too much")),
                      InfrastructureError);
     }
