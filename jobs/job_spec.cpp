@@ -16,6 +16,7 @@
 #include <utility>
 
 #include "jobs/foreign_keys.h"
+#include "jobs/presets.h"
 #include "jobs/text.h"
 #include "kernels/error.h"
 
@@ -155,6 +156,25 @@ Kind<double> fraction_kind() {
     return {"number > 0 and < 1", read, [](double number) { return fmt::format("{}", number); }};
 }
 
+Kind<double> share_kind() {
+    const auto read = [](const Value& value) {
+        const auto number = read_number<double>(value, "a number");
+        if (!(number >= 0.0 && number <= 1.0)) value.refuse("is not allowed");
+        return number;
+    };
+    return {"number from 0 to 1", read, [](double number) { return fmt::format("{}", number); }};
+}
+
+Kind<int> up_to_kind(int most) {
+    const auto read = [most](const Value& value) {
+        const auto number = read_number<int>(value, "a whole number");
+        if (number < 0 || number > most) value.refuse("is not allowed");
+        return number;
+    };
+    return {fmt::format("whole number from 0 to {}", most), read,
+            [](int number) { return std::to_string(number); }};
+}
+
 struct Unit {
     std::string_view name;
     std::uint64_t bytes;
@@ -252,6 +272,12 @@ Row row(std::string path, Kind<T> kind, std::string meaning, Member member) {
             [kind, member](const JobSpec& spec) { return kind.write(member(spec)); }};
 }
 
+// A key whose default is the preset's.
+Row decided(Row row) {
+    row.key.default_value = "the preset's";
+    return row;
+}
+
 Row required(Row row) {
     row.key.default_value = "required";
     return row;
@@ -316,6 +342,33 @@ std::vector<Row> quantization_rows() {
         row("quantization.propagate", word_kind({"quantized", "original"}),
             "what feeds a block's Hessians: the quantized blocks before it, or the original ones",
             [](auto& s) -> auto& { return s.quantization.propagate; }),
+        row("quantization.preset", word_kind(preset_names()),
+            "decides the keys below it that are not set themselves",
+            [](auto& s) -> auto& { return s.quantization.preset; }),
+        decided(row("quantization.act_group_aware", bool_kind(),
+                    "columns with large activations first, inside groups; g_idx stays sorted (GAR)",
+                    [](auto& s) -> auto& { return s.quantization.act_group_aware; })),
+        decided(row("quantization.static_groups", bool_kind(),
+                    "scales come from the original weights; with desc_act g_idx stays sorted",
+                    [](auto& s) -> auto& { return s.quantization.static_groups; })),
+        decided(row("quantization.scale_search", word_kind({"minmax", "mse", "hessian"}),
+                    "how a group's scale is chosen",
+                    [](auto& s) -> auto& { return s.quantization.scale_search; })),
+        decided(row("quantization.signed_scales", bool_kind(),
+                    "a scale may be negative, where that suits a group's larger extreme",
+                    [](auto& s) -> auto& { return s.quantization.signed_scales; })),
+        decided(row("quantization.scale_rounding", word_kind({"auto", "fp16", "bf16"}),
+                    "what scales are rounded to before they are used",
+                    [](auto& s) -> auto& { return s.quantization.scale_rounding; })),
+        decided(row("quantization.refit", bool_kind(),
+                    "fit the scales of a row anew when its codes are known",
+                    [](auto& s) -> auto& { return s.quantization.refit; })),
+        decided(row("quantization.sweeps", up_to_kind(8),
+                    "passes that improve one code at a time after the solve",
+                    [](auto& s) -> auto& { return s.quantization.sweeps; })),
+        decided(row("quantization.error_propagation_alpha", share_kind(),
+                    "how much of the error of earlier blocks a linear makes up for",
+                    [](auto& s) -> auto& { return s.quantization.error_propagation_alpha; })),
     };
 }
 
@@ -487,18 +540,18 @@ public:
 
     const std::map<std::string, std::string>& places() const { return places_; }
 
-    // The items of `outputs`, each of which starts from the job as it is by now.
-    void read_outputs() {
+    // The items of `outputs`, each of which starts from the job as it is by now; `set`: keys that it sets.
+    void read_outputs(const Places& set) {
         if (!outputs_.IsDefined()) return;
         if (!outputs_.IsSequence() || outputs_.size() == 0)
             throw BadInput("{}: outputs: must be a list, each item beginning with - directory: PATH",
                            places_.at(std::string(outputs_key)));
         const JobSpec base = spec_;
-        for (const auto& item : outputs_) spec_.outputs.push_back(read_variant(base, item));
+        for (const auto& item : outputs_) spec_.outputs.push_back(read_variant(base, item, set));
     }
 
 private:
-    OutputVariant read_variant(JobSpec job, const YAML::Node& item) const {
+    OutputVariant read_variant(JobSpec job, const YAML::Node& item, const Places& set) const {
         if (!item.IsMap())
             throw BadInput("{}: outputs: an item must hold keys: directory, {}, quantization", where(item),
                            list_text(names_in("output")));
@@ -515,6 +568,14 @@ private:
             throw BadInput("{}: quantization.propagate: is one for the whole job: move it out of outputs",
                            place->second);
         require_grid(job, reader.places_);
+        // An item's own preset decides also what the job sets.
+        const bool own = reader.places_.contains("quantization.preset");
+        apply_preset(job.quantization, [&](std::string_view key) {
+            const auto path = fmt::format("quantization.{}", key);
+            return reader.places_.contains(path) || (!own && set.contains(path));
+        });
+        if (const auto contradiction = contradiction_in(job.quantization); !contradiction.empty())
+            throw BadInput("{}: outputs: {}", where(item), contradiction);
         return {job.output, job.quantization};
     }
 
@@ -640,6 +701,10 @@ void require_consistent(const JobSpec& spec, const Places& places) {
             "are always streamed from group to group",
             places.at("compute.activations"));
     require_original(spec, places);
+    if (const auto contradiction = contradiction_in(spec.quantization); !contradiction.empty()) {
+        const auto place = places.find(contradiction.substr(0, contradiction.find(':')));
+        throw BadInput("{}: {}", place == places.end() ? "the job" : place->second, contradiction);
+    }
     for (std::size_t i = 0; i < spec.outputs.size(); ++i) {
         for (std::size_t j = 0; j < i; ++j) {
             if (spec.outputs[i].output.directory == spec.outputs[j].output.directory)
@@ -669,7 +734,9 @@ JobSpec parse_job_spec(const std::string& text, const std::filesystem::path& fil
     auto places = reader.places();
     for (const auto& override : overrides)
         places[apply_override(override, spec, file.parent_path())] = "--set " + override;
-    reader.read_outputs();
+    apply_preset(spec.quantization,
+                 [&](std::string_view key) { return places.contains(fmt::format("quantization.{}", key)); });
+    reader.read_outputs(places);
     require_keys(places, !spec.outputs.empty(), file);
     if (!spec.outputs.empty()) {
         const auto output = places.lower_bound("output");

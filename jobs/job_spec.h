@@ -36,6 +36,15 @@ struct QuantizationSpec {
     double damp_auto_increment = 0.01;
     bool true_sequential = true;
     std::string propagate = "quantized";  // quantized | original
+    std::string preset = "plain";         // plain | gptqmodel | balanced | best: decides what follows
+    bool act_group_aware = false;
+    bool static_groups = false;
+    std::string scale_search = "minmax";  // minmax | mse | hessian
+    bool signed_scales = false;
+    std::string scale_rounding = "fp16";  // auto | fp16 | bf16
+    bool refit = false;
+    int sweeps = 0;
+    double error_propagation_alpha = 0.0;  // 0: off
 };
 
 struct ComputeSpec {

@@ -25,11 +25,18 @@ struct AttentionOptions {
     std::int64_t window = 0;  // a token sees itself and the window - 1 before it; 0: all before it
 };
 
+// How a group's scale is chosen (docs/quality.md): from its extremes, or as that of the shrinks of that scale
+// with the least Σ |s − q|^2.4 (GPTQModel's mse), or the least Σ (s − q)² R_jj², the loss of GPTQ.
+enum class ScaleSearch : std::uint8_t { minmax, mse, hessian };
+
 // The integer grid of a quantized linear. Codes are 0 … 2^bits − 1; weight = scale · (code − zero).
 struct QuantizationGrid {
     int bits = 4;
     std::int64_t group_size = 128;  // columns that share a scale; at least 1, at most the width
     bool sym = true;                // zero = 2^(bits−1), scale = 2·absmax/(2^bits − 1)
+    ScaleSearch search = ScaleSearch::minmax;
+    bool signed_scales = false;  // sym: a scale may be negative
+    bool bf16_scales = false;    // scales are such that fp16 and bf16 hold them exactly
     std::int64_t groups(std::int64_t columns) const { return (columns + group_size - 1) / group_size; }
     int max_code() const { return (1 << bits) - 1; }
 };
@@ -133,6 +140,22 @@ public:
     // Lower triangle of h[i, j] = factor · sum[i(i+1)/2 + j] · 2^−(exponents[i] + exponents[j]).
     virtual void from_fixed_point(ConstTensorView sum, std::span<const std::int32_t> exponents, double factor,
                                   TensorView h) = 0;
+    // Error propagation: all of d += (original − x)ᵀ · x; original, x [T, C] activation dtype, d f32 [C, C].
+    virtual void accumulate_cross(ConstTensorView, ConstTensorView, TensorView) {
+        throw InternalError("accumulate_cross is not built");
+    }
+    // The same fixed point for all of a matrix that is not symmetric; sum i64 [C, C].
+    virtual void add_fixed_point_full(ConstTensorView, std::span<const std::int32_t>, TensorView) {
+        throw InternalError("add_fixed_point_full is not built");
+    }
+    virtual void from_fixed_point_full(ConstTensorView, std::span<const std::int32_t>, double, TensorView) {
+        throw InternalError("from_fixed_point_full is not built");
+    }
+    // weights += alpha · weights · d · (R·Rᵀ)⁻¹; weights f32 [R, C], d f32 [C, C], factor as reverse_cholesky
+    // left it, columns of all three in the same order.
+    virtual void propagate_error(ConstTensorView, ConstTensorView, float, TensorView) {
+        throw InternalError("propagate_error is not built");
+    }
     // h[i, j] of the result = source[max(p[i], p[j]), min(p[i], p[j])]: rows and columns of a symmetric
     // matrix, given and returned as a lower triangle, in the order p.
     virtual void permute_symmetric(ConstTensorView source, std::span<const std::int32_t> order,
@@ -158,10 +181,42 @@ public:
     // from the updated weights S_g and are rounded to fp16 before use.
     virtual void gptq_solve(ConstTensorView weights, ConstTensorView factor, const QuantizationGrid& grid,
                             QuantizedViews out, TensorView loss) = 0;
+    // Scales and zeros of contiguous groups from the weights as they are; importance[c] = R_cc² weighs column
+    // c in a search by Hessian (empty: all alike). Writes out.scales and out.zeros; out.codes may be empty.
+    virtual void choose_grids(ConstTensorView, std::span<const float>, const QuantizationGrid&,
+                              QuantizedViews) {
+        throw InternalError("choose_grids is not built");
+    }
+    // gptq_solve with scales and zeros that are given; column j of weights and codes belongs to groups[j].
+    virtual void gptq_solve_static(ConstTensorView, ConstTensorView, std::span<const std::int32_t>,
+                                   const QuantizationGrid&, QuantizedViews, TensorView) {
+        throw InternalError("gptq_solve_static is not built");
+    }
     // out[r, c] = scales[r, g] · (codes[r, c] − zeros[r, g]), g = g_idx[c]; out [R, C] f32 or activation
     // dtype.
     virtual void dequantize(ConstQuantizedViews quantized, std::span<const std::int32_t> g_idx,
                             TensorView out) = 0;
+    // --- After the solve (docs/quality.md). hessian f32 [C, C] is the damped H, both triangles, its columns
+    // in the order of weights and codes. ---
+
+    // Per row (w − q) H (w − q)ᵀ; weights f32 [R, C], loss f32 [R].
+    virtual void quadratic_loss(ConstTensorView, ConstTensorView, ConstQuantizedViews,
+                                std::span<const std::int32_t>, TensorView) {
+        throw InternalError("quadratic_loss is not built");
+    }
+    // One sweep of coordinate descent over the codes of each row, in the order of columns, scales fixed: each
+    // code moves to where (w − q) H (w − q)ᵀ is least given all others.
+    virtual void sweep_codes(ConstTensorView, ConstTensorView, const QuantizationGrid&,
+                             std::span<const std::int32_t>, QuantizedViews) {
+        throw InternalError("sweep_codes is not built");
+    }
+    // The scales of each row that minimise (w − q) H (w − q)ᵀ for its codes, rounded as the grid says; a row
+    // keeps its scales where that would not lower the loss.
+    virtual void refit_scales(ConstTensorView, ConstTensorView, const QuantizationGrid&,
+                              std::span<const std::int32_t>, QuantizedViews) {
+        throw InternalError("refit_scales is not built");
+    }
+
     // GPTQ's qweight: 32 consecutive codes of a row fill `bits` words as one LSB-first bit stream.
     // codes u8 [R, C] <-> packed i32 [C·bits/32, R]; C is a multiple of 32.
     virtual void pack(ConstTensorView codes, int bits, TensorView packed) = 0;

@@ -15,6 +15,11 @@ struct GptqOptions {
     bool desc_act = false;
     double damp_percent = 0.05;
     double damp_auto_increment = 0.01;  // 0: do not raise
+    bool act_group_aware = false;  // falling diag H inside groups, groups by their largest; g_idx stays c / g
+    bool static_groups = false;    // scales from the original weights, of groups c / g
+    bool refit = false;            // of scales, after the solve and each sweep
+    int sweeps = 0;                // of coordinate descent over codes
+    double error_propagation_alpha = 0.0;
 };
 
 // What the factorization found and did; all of it goes to the report.

@@ -49,8 +49,10 @@ std::uint64_t OutputLayout::total_bytes() const {
     return bytes;
 }
 
-QuantizationGrid grid_for(int bits, std::int64_t group_size, bool sym, std::int64_t columns) {
-    return {bits, group_size < 0 ? columns : group_size, sym};
+QuantizationGrid grid_for(const QuantizationGrid& grid, std::int64_t columns) {
+    QuantizationGrid own = grid;
+    if (own.group_size < 0) own.group_size = columns;
+    return own;
 }
 
 OutputLayout plan_output(const CheckpointReader& reader, const ModelGraph& graph,
@@ -69,7 +71,7 @@ OutputLayout plan_output(const CheckpointReader& reader, const ModelGraph& graph
         if (tied && name == "lm_head.weight") continue;
         if (ends_with_take(name, ".weight", stem) && modules.contains(stem)) {
             const Linear& linear = modules.at(stem);
-            const QuantizationGrid own = grid_for(grid.bits, grid.group_size, grid.sym, linear.columns);
+            const QuantizationGrid own = grid_for(grid, linear.columns);
             for (StoredTensor& tensor : gptq_tensors(stem, linear.rows, linear.columns, own)) {
                 tensors.push_back(std::move(tensor));
             }

@@ -24,6 +24,6 @@ OutputLayout plan_output(const CheckpointReader& reader, const ModelGraph& graph
                          const QuantizationGrid& grid, std::uint64_t max_shard_size);
 
 // The grid of a linear with this many columns: group_size -1 means one group a row.
-QuantizationGrid grid_for(int bits, std::int64_t group_size, bool sym, std::int64_t columns);
+QuantizationGrid grid_for(const QuantizationGrid& grid, std::int64_t columns);
 
 }  // namespace quantmill

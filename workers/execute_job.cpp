@@ -43,7 +43,8 @@ void quantize_blocks(const PreparedJob& job, const LayerPlan& layers, const Acti
     const auto row_communicator =
         make_team_communicator(job.spec.compute.communicator, *row_control, backend);
     Worker worker(backend, {control, communicator}, {*row_control, *row_communicator}, coordinator, job.graph,
-                  {gptq_options(job.spec.quantization), job.spec.quantization.true_sequential, activations},
+                  {gptq_options(job.spec.quantization, is_bf16(job)), job.spec.quantization.true_sequential,
+                   activations},
                   job.shards);
     loader.prefetch_block(0);
     worker.embed(job.calibration.sequences,

@@ -5,10 +5,27 @@
 
 namespace quantmill {
 
-// What a job says about quantization, as the solver takes it.
-inline GptqOptions gptq_options(const QuantizationSpec& spec) {
-    return {
-        {spec.bits, spec.group_size, spec.sym}, spec.desc_act, spec.damp_percent, spec.damp_auto_increment};
+// What a job says about quantization, as the solver takes it. `bf16_model`: of the checkpoint's weights.
+inline GptqOptions gptq_options(const QuantizationSpec& spec, bool bf16_model) {
+    GptqOptions options;
+    options.grid = {
+        .bits = spec.bits,
+        .group_size = spec.group_size,
+        .sym = spec.sym,
+        .search = spec.scale_search == "mse"       ? ScaleSearch::mse
+                  : spec.scale_search == "hessian" ? ScaleSearch::hessian
+                                                   : ScaleSearch::minmax,
+        .signed_scales = spec.signed_scales,
+        .bf16_scales = spec.scale_rounding == "bf16" || (spec.scale_rounding == "auto" && bf16_model)};
+    options.desc_act = spec.desc_act;
+    options.act_group_aware = spec.act_group_aware;
+    options.static_groups = spec.static_groups;
+    options.refit = spec.refit;
+    options.sweeps = spec.sweeps;
+    options.error_propagation_alpha = spec.error_propagation_alpha;
+    options.damp_percent = spec.damp_percent;
+    options.damp_auto_increment = spec.damp_auto_increment;
+    return options;
 }
 
 }  // namespace quantmill

@@ -75,7 +75,7 @@ std::string GroupSolver::module(int block, std::size_t stage) const {
 
 GptqOptions GroupSolver::options_for(const LinearGroup& group) const {
     GptqOptions options = options_;
-    options.grid = grid_for(options.grid.bits, options.grid.group_size, options.grid.sym, group.columns());
+    options.grid = grid_for(options.grid, group.columns());
     return options;
 }
 

@@ -73,7 +73,7 @@ LayerRun::LayerRun(const std::vector<PreparedJob>& outputs, const LayerPlan& pla
       reports_(outputs.size()) {
     coordinator.set_group(static_cast<int>(group_));
     for (const PreparedJob& output : outputs) {
-        solvers_.emplace_back(backend, output.graph, gptq_options(output.spec.quantization),
+        solvers_.emplace_back(backend, output.graph, gptq_options(output.spec.quantization, is_bf16(output)),
                               tokens_of_shards(output.shards));
     }
     const CalibrationSpec& calibration = job().spec.calibration;

@@ -86,7 +86,7 @@ StageMemory memory_of_stage(const PreparedJob& job, const Backend& backend, cons
     const QuantizationSpec& spec = job.spec.quantization;
     const std::int64_t rows = solve_ranges(group.rows(), world_size).front().count();
     const std::int64_t columns = group.columns();
-    const QuantizationGrid grid = grid_for(spec.bits, spec.group_size, spec.sym, columns);
+    const QuantizationGrid grid = grid_for({spec.bits, spec.group_size, spec.sym}, columns);
     const std::uint64_t mine = static_cast<std::uint64_t>(rows * columns) * sizeof(float);
     const std::uint64_t order =
         spec.desc_act ? mine + mine / sizeof(float) : 0;  // weights and codes in act order
@@ -358,7 +358,7 @@ void find_obstacles(const PreparedJob& job, Plan& plan) {
     std::vector<std::string>& unservable = job.spec.output.allow_unservable ? plan.warnings : plan.problems;
     for (const Stage& stage : job.graph.stages) {
         for (const Linear& linear : stage.group.linears) {
-            const QuantizationGrid grid = grid_for(spec.bits, spec.group_size, spec.sym, linear.columns);
+            const QuantizationGrid grid = grid_for({spec.bits, spec.group_size, spec.sym}, linear.columns);
             if (const std::string obstacle = gptq_obstacle(linear.rows, linear.columns, grid, format);
                 !obstacle.empty()) {
                 plan.problems.push_back(fmt::format("{}: {}", linear.name, obstacle));

@@ -116,6 +116,11 @@ PreparedJob prepare_job(const JobSpec& spec, std::int64_t micro_batch_tokens) {
             std::move(layout)};
 }
 
+bool is_bf16(const PreparedJob& job) {
+    const std::string& first = job.graph.stages.front().group.linears.front().name;
+    return weight_dtype(job.reader, job.graph.in_block(0, first) + ".weight") == DType::bf16;
+}
+
 std::vector<PreparedJob> prepare_jobs(const JobSpec& spec, std::int64_t micro_batch_tokens) {
     const std::vector<JobSpec> singles = single_jobs(spec);
     std::vector<PreparedJob> jobs{prepare_job(singles.front(), micro_batch_tokens)};

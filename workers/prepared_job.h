@@ -26,6 +26,9 @@ struct PreparedJob {
 // micro_batch_tokens: the backend's.
 PreparedJob prepare_job(const JobSpec& spec, std::int64_t micro_batch_tokens);
 
+// Whether the model is one of bfloat16, by its first linear: consumers then compute in that type.
+bool is_bf16(const PreparedJob& job);
+
 // One for each checkpoint that the job writes; they differ in `spec` and `layout` only.
 std::vector<PreparedJob> prepare_jobs(const JobSpec& spec, std::int64_t micro_batch_tokens);
 

@@ -212,8 +212,7 @@ TEST(JobSpec, NamesOfOtherToolsAreTranslated) {
         {"max_seq_length", "calibration.sequence_length"},
         {"seqlen", "calibration.sequence_length"},
         {"quantization.dynamic", "not in this version"},
-        {"quantization.mse", "not in this version"},
-        {"static_groups", "quantization.static_groups is not in this version"},
+        {"quantization.mse", "quantization.scale_search: mse"},
     };
     for (const auto& [key, advice] : cases) {
         const auto message = override_error(std::string(key) + "=1");
@@ -223,7 +222,7 @@ TEST(JobSpec, NamesOfOtherToolsAreTranslated) {
 }
 
 TEST(JobSpec, KeysOfLaterVersionsAreNotGuessedAt) {
-    for (const std::string key : {"quantization.preset", "preset", "quantization.overrides", "run",
+    for (const std::string key : {"quantization.target_bits", "target_bits", "quantization.overrides", "run",
                                   "run.max_hours", "slurm.partition", "quantization.lm_head.bits"}) {
         const auto message = override_error(key + "=1");
         EXPECT_NE(message.find("is not in this version"), std::string::npos) << message;
@@ -233,6 +232,50 @@ TEST(JobSpec, KeysOfLaterVersionsAreNotGuessedAt) {
                   .find("job.yaml:6: slurm: unknown key; slurm "
                         "is not in this version"),
               std::string::npos);
+}
+
+TEST(JobSpec, APresetDecidesWhatIsNotSet) {
+    const auto best = parse(minimal, {"quantization.preset=best", "quantization.sweeps=1"}).quantization;
+    EXPECT_TRUE(best.act_group_aware);
+    EXPECT_EQ(best.scale_search, "hessian");
+    EXPECT_EQ(best.sweeps, 1);
+    EXPECT_GT(best.error_propagation_alpha, 0.0);
+    // What the other keys leave no sense is switched off.
+    EXPECT_FALSE(parse(minimal, {"quantization.preset=best", "quantization.desc_act=true"})
+                     .quantization.act_group_aware);
+    EXPECT_EQ(parse(minimal, {"quantization.preset=best", "quantization.propagate=original"})
+                  .quantization.error_propagation_alpha,
+              0.0);
+    const auto plain = parse(minimal, {"quantization.preset=plain"}).quantization;
+    EXPECT_FALSE(plain.act_group_aware || plain.signed_scales || plain.refit);
+    EXPECT_EQ(plain.scale_search, "minmax");
+}
+
+TEST(JobSpec, WhatContradictsIsRefused) {
+    const auto refused = [](const std::vector<std::string>& overrides) {
+        return error_of(minimal, overrides);
+    };
+    EXPECT_NE(refused({"quantization.desc_act=true", "quantization.act_group_aware=true"})
+                  .find("--set quantization.act_group_aware=true: quantization.act_group_aware: "),
+              std::string::npos);
+    EXPECT_NE(refused({"quantization.sym=false", "output.format=gptq_v2", "quantization.signed_scales=true"})
+                  .find("needs quantization.sym"),
+              std::string::npos);
+    EXPECT_NE(refused({"quantization.propagate=original", "quantization.error_propagation_alpha=0.5"})
+                  .find("needs quantization.propagate"),
+              std::string::npos);
+}
+
+TEST(JobSpec, AnOutputHasAPresetOfItsOwn) {
+    const auto spec = parse(
+        "model: m\ncalibration:\n  tokens: c.h5\n"
+        "quantization:\n  propagate: original\n  preset: balanced\n  signed_scales: false\n"
+        "outputs:\n  - directory: a\n  - directory: b\n    quantization:\n      preset: balanced\n"
+        "  - directory: c\n    quantization:\n      desc_act: true\n");
+    EXPECT_FALSE(spec.outputs[0].quantization.signed_scales);
+    EXPECT_TRUE(spec.outputs[1].quantization.signed_scales);
+    EXPECT_FALSE(spec.outputs[2].quantization.act_group_aware);
+    EXPECT_TRUE(spec.outputs[1].quantization.act_group_aware);
 }
 
 const std::string three_outputs =

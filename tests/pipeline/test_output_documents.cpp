@@ -93,8 +93,8 @@ TEST(OutputLayout, TiedHeadIsOmittedEvenIfStored) {
 }
 
 TEST(OutputLayout, OneGroupARowHasTheWidthOfEachLinear) {
-    EXPECT_EQ(grid_for(4, -1, true, 96).group_size, 96);
-    EXPECT_EQ(grid_for(4, 128, true, 96).group_size, 128);
+    EXPECT_EQ(grid_for({4, -1, true}, 96).group_size, 96);
+    EXPECT_EQ(grid_for({4, 128, true}, 96).group_size, 128);
     const TemporaryDirectory directory;
     const ModelGraph graph = write_tiny_checkpoint(directory, tiny_config("LlamaForCausalLM"));
     const auto tensors =
