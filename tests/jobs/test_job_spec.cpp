@@ -85,6 +85,15 @@ quantization:
   damp_auto_increment: 0.0025
   true_sequential: false
   propagate: original
+  preset: gptqmodel
+  act_group_aware: false
+  static_groups: true
+  scale_search: mse
+  signed_scales: false
+  scale_rounding: bf16
+  refit: true
+  sweeps: 3
+  error_propagation_alpha: 0
 compute:
   backend: cuda
   communicator: mpi
@@ -116,6 +125,19 @@ TEST(JobSpec, EveryKeyReachesItsMember) {
     EXPECT_EQ(spec.calibration.save_hessians, "/h");
     EXPECT_EQ(spec.calibration.hessians, "");
     EXPECT_EQ(spec.quantization.propagate, "original");
+    EXPECT_EQ(spec.quantization.preset, "gptqmodel");
+    EXPECT_FALSE(spec.quantization.act_group_aware);
+    EXPECT_TRUE(spec.quantization.static_groups);
+    EXPECT_EQ(spec.quantization.scale_search, "mse");
+    EXPECT_FALSE(spec.quantization.signed_scales);
+    EXPECT_EQ(spec.quantization.scale_rounding, "bf16");
+    EXPECT_TRUE(spec.quantization.refit);
+    EXPECT_EQ(spec.quantization.sweeps, 3);
+    EXPECT_EQ(spec.quantization.error_propagation_alpha, 0.0);
+    EXPECT_TRUE(parse(minimal, {"quantization.signed_scales=true"}).quantization.signed_scales);
+    EXPECT_EQ(
+        parse(minimal, {"quantization.error_propagation_alpha=0.25"}).quantization.error_propagation_alpha,
+        0.25);
     EXPECT_EQ(spec.compute.backend, "cuda");
     EXPECT_EQ(spec.compute.communicator, "mpi");
     EXPECT_EQ(spec.compute.activations, "auto");
@@ -179,7 +201,8 @@ TEST(JobSpec, UnknownKeysSuggestTheNearest) {
     EXPECT_EQ(error_of(minimal + "quantization:\n  group_sise: 64\n"),
               "/jobs/job.yaml:7: quantization.group_sise: unknown key; did you mean "
               "quantization.group_size? quantization has bits, group_size, sym, desc_act, damp_percent, "
-              "damp_auto_increment, true_sequential, propagate");
+              "damp_auto_increment, true_sequential, propagate, preset, act_group_aware, static_groups, "
+              "scale_search, signed_scales, scale_rounding, refit, sweeps, error_propagation_alpha");
     EXPECT_EQ(error_of(minimal + "quantisation:\n  bits: 3\n"),
               "/jobs/job.yaml:6: quantisation: unknown key; did you mean quantization? a job file has "
               "model, output, outputs, calibration, quantization, compute");
@@ -513,7 +536,7 @@ TEST(JobSpec, YamlOfASpecReadsBackEqual) {
 
 TEST(JobSpec, EachKeyOfTheTableIsAcceptedWithItsDefault) {
     for (const auto& key : job_keys()) {
-        if (key.default_value == "required") continue;
+        if (key.default_value == "required" || key.default_value == "the preset's") continue;
         EXPECT_NO_THROW(parse(minimal, {key.path + "=" + key.default_value})) << key.path;
     }
 }
