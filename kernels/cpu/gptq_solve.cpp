@@ -200,19 +200,6 @@ private:
     double loss_[kRows] = {};
 };
 
-bool operands_fit(const ConstTensorView& weights, const ConstTensorView& factor, const QuantizationGrid& grid,
-                  const QuantizedViews& out, const TensorView& loss) {
-    if (weights.shape().rank() != 2 || grid.group_size < 1 || grid.bits < 2 || grid.bits > 8) {
-        return false;
-    }
-    const std::int64_t rows = weights.extent(0);
-    const std::int64_t columns = weights.extent(1);
-    const std::int64_t groups = grid.groups(columns);
-    return weights.dtype() == DType::f32 && is(factor, DType::f32, {columns, columns}) &&
-           is(out.codes, DType::u8, {rows, columns}) && is(out.scales, DType::f16, {rows, groups}) &&
-           is(out.zeros, DType::u8, {rows, groups}) && is(loss, DType::f32, {rows});
-}
-
 }  // namespace
 
 std::size_t CpuBackend::solve_workspace(std::int64_t, std::int64_t columns, const QuantizationGrid&) const {
@@ -221,8 +208,7 @@ std::size_t CpuBackend::solve_workspace(std::int64_t, std::int64_t columns, cons
 
 void CpuBackend::gptq_solve(ConstTensorView weights, ConstTensorView factor, const QuantizationGrid& grid,
                             QuantizedViews out, TensorView loss) {
-    require_operands(operands_fit(weights, factor, grid, out, loss), "gptq_solve",
-                     {weights, factor, out.codes, out.scales, out.zeros, loss});
+    require_solve_operands(weights, factor, grid, out, loss);
     const Problem problem{weights.data<float>(),
                           factor.data<float>(),
                           weights.extent(0),

@@ -109,9 +109,7 @@ std::size_t CudaBackend::factor_workspace(std::int64_t columns) const {
 }
 
 bool CudaBackend::reverse_cholesky(TensorView h) {
-    const bool square = h.shape().rank() == 2 && h.extent(0) == h.extent(1);
-    require_operands(square && h.dtype() == DType::f32, "reverse_cholesky", {h});
-    const std::int64_t order = h.extent(0);
+    const std::int64_t order = square_order(h, "reverse_cholesky");
     if (order == 0) return true;
     const Shape parts{order, ReverseCholesky::kPanelParts};
     Tensor left = empty(parts, DType::bf16, "the left parts of a Cholesky panel");

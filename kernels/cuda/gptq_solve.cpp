@@ -13,19 +13,6 @@ using cuda::kSolveBlock;
 constexpr std::int64_t kPanel = 1024;
 constexpr std::int64_t kStrip = 16;  // columns that a kernel's inner loop quantizes (gptq_solve.cu)
 
-bool operands_fit(const ConstTensorView& weights, const ConstTensorView& factor, const QuantizationGrid& grid,
-                  const QuantizedViews& out, const TensorView& loss) {
-    if (weights.shape().rank() != 2 || grid.group_size < 1 || grid.bits < 2 || grid.bits > 8) {
-        return false;
-    }
-    const std::int64_t rows = weights.extent(0);
-    const std::int64_t columns = weights.extent(1);
-    const std::int64_t groups = grid.groups(columns);
-    return weights.dtype() == DType::f32 && is(factor, DType::f32, {columns, columns}) &&
-           is(out.codes, DType::u8, {rows, columns}) && is(out.scales, DType::f16, {rows, groups}) &&
-           is(out.zeros, DType::u8, {rows, groups}) && is(loss, DType::f32, {rows});
-}
-
 // How columns are cut: panels, the long products, hold blocks, one kernel each, and neither splits a
 // group unless the group is wider; one group for all columns needs no care, its range is known at once.
 struct Cut {
@@ -207,8 +194,7 @@ std::size_t CudaBackend::solve_workspace(std::int64_t rows, std::int64_t columns
 
 void CudaBackend::gptq_solve(ConstTensorView weights, ConstTensorView factor, const QuantizationGrid& grid,
                              QuantizedViews out, TensorView loss) {
-    require_operands(operands_fit(weights, factor, grid, out, loss), "gptq_solve",
-                     {weights, factor, out.codes, out.scales, out.zeros, loss});
+    require_solve_operands(weights, factor, grid, out, loss);
     if (weights.shape().count() == 0) return zero(loss);
     const cuda::SolveRows rows{.weights = reinterpret_cast<const float*>(weights.bytes()),
                                .factor = reinterpret_cast<const float*>(factor.bytes()),
