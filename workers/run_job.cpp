@@ -117,6 +117,10 @@ void run_job(const RunCommand& command, Control& control) {
         reports.push_back(begin_report(output, control, *backend, communicator));
         reports.back().warnings = plan.warnings;
         reports.back().layers.bubble = plan.layers.bubble;
+        if (plan.time) {
+            const PlannedTime& time = *plan.time;
+            reports.back().planned = {time.forward, time.hessian, time.factor, time.solve, time.io};
+        }
     }
     const PlannedRank& mine = plan.ranks.at(static_cast<std::size_t>(control.rank()));
     Coordinator coordinator(control, compute.stall_timeout, original);
