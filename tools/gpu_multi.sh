@@ -93,8 +93,8 @@ placements() {
 }
 
 bytes() {
-    out=$directory/tiny/out
-    placements bench_block --no-inspect --shape tiny --blocks 6 "${small[@]}" --directory "$directory/tiny"
+    out=$directory/small/out
+    placements bench_block --no-inspect --shape tiny --blocks 6 "${small[@]}" --directory "$directory/small"
 }
 
 demo() {
