@@ -26,7 +26,7 @@ directory=$1
 shift
 mkdir -p "$directory"
 if [ "$gpus" = 0 ]; then gpus=$(nvidia-smi --list-gpus | wc -l); fi
-export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 NCCL_NVLS_ENABLE=0 QUANTMILL_LOG=warn
+export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 NCCL_NVLS_ENABLE=0 QUANTMILL_LOG=warn GTEST_COLOR=no
 counts=() failed=()
 for ((n = 2; n <= gpus; n *= 2)); do counts+=("$n"); done
 
@@ -50,7 +50,7 @@ tests() {
     for n in 1 "${counts[@]}"; do
         QUANTMILL_REQUIRE_GPU=1 QUANTMILL_TIMEOUT=60 \
             logged 120 tests mpirun --bind-to none --oversubscribe -n "$n" "$1" --gtest_brief=1 || continue
-        echo "$n rank(s): $(grep -c '' "$log") lines, $(grep -hE 'PASSED|SEED' "$log" | tr '\n' ' ')"
+        echo "$n rank(s): $(grep -hE 'PASSED|SKIPPED|SEED' "$log" | tr '\n' ' ')"
     done
 }
 
@@ -162,12 +162,13 @@ scaling() {  # SUFFIX, then sequences and length
     rm -rf "$directory/$shape/out"
 }
 
-# The process of a rank of our run, by its environment.
+# The process of a rank of our run, by its command and environment.
 pid_of_rank() {
-    local pid
-    for pid in $(pgrep -f "quantmill run $directory/$shape/job.yaml"); do
-        if tr '\0' '\n' <"/proc/$pid/environ" 2>/dev/null | grep -qx "OMPI_COMM_WORLD_RANK=$1"; then
-            echo "$pid"
+    local entry
+    for entry in /proc/[0-9]*; do
+        if tr '\0' ' ' 2>/dev/null <"$entry/cmdline" | grep -q "quantmill run $directory/$shape/job.yaml" &&
+            tr '\0' '\n' 2>/dev/null <"$entry/environ" | grep -qx "OMPI_COMM_WORLD_RANK=$1"; then
+            echo "${entry#/proc/}"
             return
         fi
     done
