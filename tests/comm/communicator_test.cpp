@@ -94,6 +94,7 @@ TEST_P(CommunicatorTest, SumOnOneRank) {
 
 // Other algorithms than small messages: rings, pieces.
 TEST_P(CommunicatorTest, LargeTensors) {
+    if (GetParam().name == "in_small_pieces") GTEST_SKIP() << "100,000 pieces take minutes";
     constexpr std::int64_t kRows = 1201, kColumns = 1009;  // 9.7 MB
     std::vector<std::int64_t> values(kRows * kColumns), sums(values.size());
     const std::int64_t ranks = control_.size(), rank = control_.rank();
