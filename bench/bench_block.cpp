@@ -1,8 +1,9 @@
 // Whole blocks of named shapes through the real pipeline: writes a synthetic checkpoint, runs `quantmill run`
-// on it, checks the result as `quantmill inspect` does, and prints seconds a block by stage beside the floor.
+// on it, checks the result as `quantmill inspect` does, and prints seconds a block by stage beside what the
+// plan expected and the floor.
 //   bench_block --shape llama-3-70b --blocks 4 --directory /dev/shm/block --set compute.backend=cuda
 //   mpirun -n 2 bench_block …                 on several GPUs
-#include <fmt/format.h>
+#include <fmt/ranges.h>
 
 #include <CLI/CLI.hpp>
 #include <algorithm>
@@ -26,6 +27,7 @@ struct Options {
     fs::path directory = "build/bench-block";
     std::vector<std::string> set;
     bool csv = false;
+    bool inspect = true, prepare = false;
 };
 
 struct StageFloor {
@@ -69,46 +71,97 @@ double measured_rate(Backend& backend, const ModelGraph& graph) {
     return 2.0 * static_cast<double>(tokens * linear.rows * linear.columns) / seconds[seconds.size() / 2];
 }
 
-// Seconds of a stage in the blocks between the first, which has nothing to overlap with, and the last.
-double steady_seconds(const nlohmann::json& report, const std::string& stage, int blocks) {
+// The blocks that count: with propagate: quantized those between the first, which has nothing to overlap
+// with, and the last; with original, whose groups of ranks work on different blocks, all.
+struct Counted {
+    int first, last;
+    explicit Counted(const nlohmann::json& report, int blocks) : first(0), last(blocks) {
+        if (report.at("layers").at("propagate") == "original") return;
+        ++first;
+        --last;
+    }
+    bool has(int block) const { return block >= first && block < last; }
+    int count() const { return last - first; }
+};
+
+// Ranks that work on different blocks at the same time, or with original factor and solve different linears.
+double at_once(const nlohmann::json& report, const std::string& stage) {
+    const auto& layers = report.at("layers");
+    if (layers.at("propagate") != "original") return 1.0;
+    const bool solving = stage == "factor" || stage == "solve";
+    return solving ? report.at("world_size").get<double>() : layers.at("groups").get<double>();
+}
+
+// Seconds of a stage a block, on the rank that took longest, over how many are worked on at once.
+double stage_seconds(const nlohmann::json& report, const std::string& stage, const Counted& counted) {
     double sum = 0.0;
     std::string previous;
     for (const auto& linear : report.at("linears")) {
         const int block = linear.at("block").get<int>();
         const std::string group = fmt::format("{} {}", block, linear.at("group").get<std::string>());
-        if (group == std::exchange(previous, group) || block == 0 || block == blocks - 1) continue;
+        if (group == std::exchange(previous, group) || !counted.has(block)) continue;
         sum += linear.at(stage + "_seconds").get<double>();
     }
-    return sum / (blocks - 2);
+    return sum / counted.count() / at_once(report, stage);
 }
 
-void print(const Options& options, const nlohmann::json& report, const ModelGraph& graph, double rate) {
-    const int blocks = options.model.blocks;
+double block_seconds(const nlohmann::json& report, const Counted& counted) {
+    const auto& layers = report.at("layers");
+    if (layers.at("propagate") == "original") return layers.at("run_seconds").get<double>() / counted.count();
     const auto seconds = report.at("block_seconds").get<std::vector<double>>();
-    double steady = 0.0;
-    for (int block = 1; block + 1 < blocks; ++block) steady += seconds[static_cast<std::size_t>(block)];
-    steady /= blocks - 2;
-    const double ranks = report.at("world_size").get<double>();
-    if (options.csv) fmt::print("stage,seconds,floor\n");
-    const char* row = options.csv ? "{},{:.4f},{:.4f}\n" : "{:<10}{:>10.4f} s {:>10.4f} s\n";
-    if (!options.csv) {
-        fmt::print(
-            "\n{}: {} x {} tokens, {} rank(s), {}\na rank's rate {:.0f} TFLOP/s, peak memory {:.2f} GB\n",
-            options.model.shape, options.model.sequences, options.model.length, ranks,
-            report.at("devices").at(0).get<std::string>(), rate * 1e-12,
-            report.at("peak_memory").get<double>() * 1e-9);
-        fmt::print("{:<10}{:>12} {:>12}\n", "stage", "a block", "floor");
+    double sum = 0.0;
+    for (int block = counted.first; block < counted.last; ++block) {
+        sum += seconds[static_cast<std::size_t>(block)];
     }
-    double floor = 0.0;
+    return sum / counted.count();
+}
+
+void print_head(const Options& options, const nlohmann::json& report, double rate) {
+    const auto& layers = report.at("layers");
+    fmt::print(
+        "\n{}: {} x {} tokens, propagate: {}, {} rank(s) in {} group(s), {}, {}\n"
+        "a rank's rate {:.0f} TFLOP/s, peak memory {:.2f} GB\n{:<10}{:>12} {:>12} {:>12}\n",
+        options.model.shape, options.model.sequences, options.model.length,
+        layers.at("propagate").get<std::string>(), report.at("world_size").get<int>(),
+        layers.at("groups").get<int>(), report.at("communicator").get<std::string>(),
+        report.at("devices").at(0).get<std::string>(), rate * 1e-12,
+        report.at("peak_memory").get<double>() * 1e-9, "stage", "a block", "the plan's", "floor");
+}
+
+// The plan's last column counts computing and what ranks exchange, but no reading and writing.
+void print(const Options& options, const nlohmann::json& report, const ModelGraph& graph, double rate) {
+    const Counted counted(report, options.model.blocks);
+    const double ranks = report.at("world_size").get<double>();
+    const char* row =
+        options.csv ? "{},{:.4f},{:.4f},{:.4f}\n" : "{:<10}{:>10.4f} s {:>10.4f} s {:>10.4f} s\n";
+    if (options.csv) {
+        fmt::print("stage,seconds,planned,floor\n");
+    } else {
+        print_head(options, report, rate);
+    }
+    double floor = 0.0, planned = 0.0;
     for (const StageFloor& stage : floors(graph, report.at("tokens").get<double>())) {
         const double least = stage.operations / rate / ranks;
+        const double expected =
+            report.at("planned_seconds").at(stage.name).get<double>() / options.model.blocks;
         floor += least;
-        fmt::print(fmt::runtime(row), stage.name, steady_seconds(report, stage.name, blocks), least);
+        planned += expected;
+        fmt::print(fmt::runtime(row), stage.name, stage_seconds(report, stage.name, counted), expected,
+                   least);
     }
-    fmt::print(fmt::runtime(row), "block", steady, floor);
-    if (!options.csv) {
-        fmt::print("blocks: {:.3f} s, the whole run {:.2f} s\n", fmt::join(seconds, " "),
-                   report.at("seconds").get<double>());
+    const double seconds = block_seconds(report, counted);
+    fmt::print(fmt::runtime(row), "block", seconds, planned, floor);
+    if (options.csv) return;
+    const auto& layers = report.at("layers");
+    fmt::print("the plan {:+.1f}%; the whole run {:.2f} s", 100.0 * (planned / seconds - 1.0),
+               report.at("seconds").get<double>());
+    if (layers.at("propagate") == "original") {
+        fmt::print(", of which stream {:.2f} s (waited {:.2f} s), solve {:.2f} s, {} sweep(s)\n",
+                   layers.at("stream_seconds").get<double>(), layers.at("waited_seconds").get<double>(),
+                   layers.at("solve_seconds").get<double>(), layers.at("sweeps").get<int>());
+    } else {
+        fmt::print("; blocks {:.3f} s\n",
+                   fmt::join(report.at("block_seconds").get<std::vector<double>>(), " "));
     }
 }
 
@@ -122,9 +175,10 @@ void run(const Options& options, Control& control) {
                                   {"sequence_length", options.model.length}}}};
     if (control.rank() == 0) write_text(options.directory / "job.yaml", job.dump(2));  // JSON is YAML
     control.barrier();
+    if (options.prepare) return;
     run_job({options.directory / "job.yaml", options.set, true}, control);
     if (control.rank() != 0) return;
-    inspect_checkpoint(options.directory / "out");
+    if (options.inspect) inspect_checkpoint(options.directory / "out");
     const auto report = nlohmann::json::parse(read_text(options.directory / "out/report.json"));
     const auto config = nlohmann::json::parse(read_text(options.directory / "model/config.json"));
     const auto backend = make_backend(report.at("backend").get<std::string>(), control.local_rank());
@@ -147,11 +201,18 @@ int main(int argc, char** argv) {
     app.add_option("--directory", options.directory, "where model and result go; a model there is used again")
         ->capture_default_str();
     app.add_option("--set", options.set, "KEY=VALUE of the job, e.g. compute.backend=cuda");
+    app.add_flag("--prepare", options.prepare, "write model, tokens and DIRECTORY/job.yaml, and run nothing");
+    app.add_flag("!--no-inspect", options.inspect, "leave the result unchecked");
     app.add_flag("--csv", options.csv, "comma-separated values");
     CLI11_PARSE(app, argc, argv);
     try {
         const auto control = make_control(under_launcher());
-        run(options, *control);
+        try {
+            run(options, *control);
+        } catch (const Error& error) {
+            fmt::print(stderr, "{}\n", error.what());
+            control->abort(error.code());
+        }
         return 0;
     } catch (const Error& error) {
         fmt::print(stderr, "{}\n", error.what());

@@ -1,6 +1,8 @@
 // What ranks exchange for a block of Llama-3-70B, through the Communicator: checks each result, then prints
-// time, algorithm bandwidth (bytes of the tensor over time) and bus bandwidth (what each link carries: the
-// same for a broadcast, 2·(n−1)/n of it for a sum, (n−1)/n for a gather, as nccl-tests defines them).
+// time, algbw and busbw as nccl-tests defines them: algbw, the bytes of the whole tensor over the time of the
+// slowest rank; busbw, what each link carries at least in a ring: algbw times 2·(n−1)/n for a sum over all, 1
+// for a sum on one rank, a broadcast or a transfer, (n−1)/n for a gather. The time is from a barrier of the
+// ranks to the result on the device, call and synchronization included.
 //   mpirun -n 2 bench_communicator --backend cpu --divide 16
 #include <fmt/format.h>
 
@@ -35,7 +37,7 @@ public:
             fmt::print("operation,bytes,ms,algbw,busbw,correct\n");
             return;
         }
-        fmt::print("{} rank(s), {}, {}\n{:<34}{:>12}{:>11}{:>9}{:>9}\n", control.size(),
+        fmt::print("{} rank(s), {}, {}\n{:<36}{:>12}{:>11}{:>9}{:>9}\n", control.size(),
                    communicator_->name(), backend_->description(), "operation", "bytes", "median ms", "algbw",
                    "busbw");
     }
@@ -46,6 +48,28 @@ public:
         const bool correct = all_are<std::int64_t>(tensor, 3 * std::int64_t{control_.size()});
         measure("sum of " + name, tensor, 2.0 * (control_.size() - 1) / control_.size(), correct,
                 [&] { communicator_->all_sum(tensor); });
+    }
+    void sum_on_one(const std::string& name, std::int64_t columns) {
+        const int root = control_.size() - 1;
+        Tensor tensor = filled(columns * (columns + 1) / 2 / options_.divide, DType::i64, 3);
+        communicator_->sum_to(tensor, root);
+        const bool correct =
+            control_.rank() != root || all_are<std::int64_t>(tensor, 3 * std::int64_t{control_.size()});
+        measure("sum on one rank of " + name, tensor, 1.0, correct,
+                [&] { communicator_->sum_to(tensor, root); });
+    }
+    // From each even rank to the next one.
+    void transfer(const std::string& name, std::int64_t bytes) {
+        const int peer = control_.rank() ^ 1;
+        Tensor tensor = filled(bytes / options_.divide, DType::u8, control_.rank() % 2 == 0 ? 9 : 0);
+        const auto run = [&] {
+            if (peer >= control_.size()) return;
+            const auto moved = control_.rank() < peer ? communicator_->start_send(tensor, peer)
+                                                      : communicator_->start_receive(tensor, peer);
+            moved->wait();
+        };
+        run();
+        measure("passing " + name, tensor, 1.0, all_are<std::uint8_t>(tensor, 9), run);
     }
     void broadcast(const std::string& name, std::int64_t bytes) {
         const int root = control_.size() - 1;
@@ -103,7 +127,7 @@ private:
         const double median = seconds[seconds.size() / 2];
         const double rate = static_cast<double>(tensor.view().size_bytes()) / median * 1e-9;
         const char* row =
-            options_.csv ? "{},{},{:.3f},{:.2f},{:.2f},{}\n" : "{:<34}{:>12}{:>11.3f}{:>9.2f}{:>9.2f}  {}\n";
+            options_.csv ? "{},{},{:.3f},{:.2f},{:.2f},{}\n" : "{:<36}{:>12}{:>11.3f}{:>9.2f}{:>9.2f}  {}\n";
         const char* verdict = correct ? (options_.csv ? "yes" : "") : (options_.csv ? "no" : "WRONG");
         fmt::print(fmt::runtime(row), name, tensor.view().size_bytes(), median * 1e3, rate, rate * bus_share,
                    verdict);
@@ -115,6 +139,19 @@ private:
     std::unique_ptr<Communicator> communicator_;
     bool failed_ = false;
 };
+
+int run(const Options& options, Control& control) {
+    CommunicatorBench bench(options, control);
+    for (const std::int64_t columns : {8192, 28672}) {
+        bench.sum(fmt::format("a Hessian of {}", columns), columns);
+        bench.sum_on_one(fmt::format("a Hessian of {}", columns), columns);
+        bench.broadcast(fmt::format("a factor of {}", columns), columns * columns * 4);
+    }
+    bench.broadcast("down_proj's weights", std::int64_t{8192} * 28672 * 2);
+    bench.gather("gate_up's codes", 57344, 8192);
+    if (control.size() > 1) bench.transfer("16384 hidden states", std::int64_t{16384} * 8192 * 2);
+    return bench.status();
+}
 
 }  // namespace
 
@@ -130,14 +167,14 @@ int main(int argc, char** argv) {
     CLI11_PARSE(app, argc, argv);
     try {
         const auto control = make_control(under_launcher());
-        CommunicatorBench bench(options, *control);
-        for (const std::int64_t columns : {8192, 28672}) {
-            bench.sum(fmt::format("a Hessian of {}", columns), columns);
-            bench.broadcast(fmt::format("a factor of {}", columns), columns * columns * 4);
+        int status = 1;
+        try {
+            status = run(options, *control);
+        } catch (const Error& error) {
+            fmt::print(stderr, "{}\n", error.what());
+            control->abort(error.code());  // ends the others, which may wait for this one
         }
-        bench.broadcast("down_proj's weights", std::int64_t{8192} * 28672 * 2);
-        bench.gather("gate_up's codes", 57344, 8192);
-        return bench.status();
+        return status;
     } catch (const Error& error) {
         fmt::print(stderr, "{}\n", error.what());
         return static_cast<int>(error.code());

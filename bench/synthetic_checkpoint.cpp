@@ -3,6 +3,7 @@
 #include <fmt/format.h>
 #include <hdf5.h>
 
+#include <algorithm>
 #include <array>
 #include <map>
 #include <nlohmann/json.hpp>
@@ -59,10 +60,14 @@ public:
         for (BFloat16& value : values_) value = to_bfloat16(normal(random));
     }
     std::vector<BFloat16> take(std::int64_t count) {
-        std::vector<BFloat16> taken(static_cast<std::size_t>(count));
-        for (BFloat16& value : taken) {
-            value = values_[next_];
-            next_ = next_ + 1 == values_.size() ? 0 : next_ + 1;
+        std::vector<BFloat16> taken;
+        taken.reserve(static_cast<std::size_t>(count));
+        while (taken.size() < static_cast<std::size_t>(count)) {
+            const std::size_t piece =
+                std::min(static_cast<std::size_t>(count) - taken.size(), values_.size() - next_);
+            const auto from = values_.begin() + static_cast<std::ptrdiff_t>(next_);
+            taken.insert(taken.end(), from, from + static_cast<std::ptrdiff_t>(piece));
+            next_ = (next_ + piece) % values_.size();
         }
         return taken;
     }

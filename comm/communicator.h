@@ -42,6 +42,9 @@ public:
     virtual std::unique_ptr<Transfer> start_receive(TensorView tensor, int peer) = 0;
 };
 
+// "nccl" or "mpi": what make_communicator would make. Collective.
+std::string choose_communicator(const std::string& kind, Control& control, Backend& backend);
+
 // kind: "auto" (nccl for several ranks that each have a GPU of their own, else mpi), "nccl" or "mpi" (CUDA
 // tensors are then staged through the host). Collective. `control` and `backend` must outlive the
 // communicator.

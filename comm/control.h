@@ -85,8 +85,10 @@ std::unique_ptr<Control> make_control(bool use_mpi, bool whole_allocation = true
 // A Control of this process alone, also among others.
 std::unique_ptr<Control> make_lone_control();
 
-// Seconds since any Control of this process last polled for a peer: a rank that waits is not stalled.
+// Seconds since this process last polled for a peer: a rank that waits is not stalled.
 double seconds_since_poll();
+// Says that this process polls for a peer by other means than a Control, which notes it by itself.
+void note_poll();
 
 // "Open MPI v4.1.4": the MPI library in use.
 std::string mpi_library();

@@ -8,7 +8,7 @@
 
 namespace quantmill {
 
-std::unique_ptr<Communicator> make_communicator(const std::string& kind, Control& control, Backend& backend) {
+std::string choose_communicator(const std::string& kind, Control& control, Backend& backend) {
     if (kind != "auto" && kind != "mpi" && kind != "nccl") {
         throw BadInput("compute.communicator is '{}'; it must be auto, nccl or mpi", kind);
     }
@@ -20,14 +20,11 @@ std::unique_ptr<Communicator> make_communicator(const std::string& kind, Control
             backend.name());
     }
     if (cuda && kind != "mpi" && (kind == "nccl" || control.size() > 1)) {
-        if (each_rank_has_its_gpu(control, backend)) {
-            return count_traffic(make_nccl_communicator(control, backend), control);
-        }
+        if (each_rank_has_its_gpu(control, backend)) return "nccl";
         if (kind == "nccl") {
             throw BadInput(
                 "compute.communicator is nccl, but several ranks share a GPU, which NCCL refuses: start one "
-                "rank "
-                "a GPU, or say auto or mpi");
+                "rank a GPU, or say auto or mpi");
         }
     }
 #endif
@@ -36,6 +33,17 @@ std::unique_ptr<Communicator> make_communicator(const std::string& kind, Control
             "compute.communicator is nccl, which needs the CUDA backend; this program was built without "
             "it: build with `cmake --preset cuda`, or say auto or mpi");
     }
+    return "mpi";
+}
+
+std::unique_ptr<Communicator> make_communicator(const std::string& kind, Control& control, Backend& backend) {
+#ifdef QUANTMILL_WITH_NCCL
+    if (choose_communicator(kind, control, backend) == "nccl") {
+        return count_traffic(make_nccl_communicator(control, backend), control);
+    }
+#else
+    choose_communicator(kind, control, backend);
+#endif
     return count_traffic(make_mpi_communicator(control, backend), control);
 }
 

@@ -204,7 +204,7 @@ void MpiControl::wait(MPI_Request& request, const std::string& what, Clock::dura
     while (true) {
         int done = 0;
         check(MPI_Test(&request, &done, MPI_STATUS_IGNORE), what);
-        last_poll = Clock::now().time_since_epoch().count();
+        note_poll();
         if (done != 0) return;
         const Clock::duration waited = Clock::now() - start;
         if (waited > timeout_) {
@@ -489,6 +489,8 @@ void MpiControl::abort(ExitCode code) {
 std::unique_ptr<Control> make_mpi_control(const MpiOptions& options) {
     return std::make_unique<MpiControl>(options);
 }
+
+void note_poll() { last_poll = Clock::now().time_since_epoch().count(); }
 
 double seconds_since_poll() {
     const Clock::time_point poll{Clock::duration(last_poll.load())};

@@ -6,10 +6,14 @@
 #include <algorithm>
 #include <chrono>
 #include <cstring>
+#include <exception>
 #include <functional>
+#include <mutex>
 #include <set>
 #include <string>
 #include <thread>
+#include <utility>
+#include <vector>
 
 #include "comm/launcher.h"
 #include "comm/row_ranges.h"
@@ -20,6 +24,37 @@ namespace quantmill {
 namespace {
 
 using Clock = std::chrono::steady_clock;
+
+// The communicators of this process. Freeing what one holds can wait for the kernels of another, which may
+// themselves wait for a rank that is lost: when one fails, all are aborted at the same time.
+class OpenCommunicators {
+public:
+    void add(ncclComm_t communicator) {
+        const std::lock_guard lock(mutex_);
+        open_.insert(communicator);
+    }
+    // Aborting needs no peers: after an error they may never come.
+    void abort(ncclComm_t communicator) {
+        const std::lock_guard lock(mutex_);
+        if (open_.erase(communicator) != 0) ncclCommAbort(communicator);
+    }
+    void abort_all() {
+        const std::lock_guard lock(mutex_);
+        std::vector<std::jthread> threads;
+        for (ncclComm_t communicator : std::exchange(open_, {})) {
+            threads.emplace_back([communicator] { ncclCommAbort(communicator); });
+        }
+    }
+
+private:
+    std::mutex mutex_;
+    std::set<ncclComm_t> open_;
+};
+
+OpenCommunicators& open_communicators() {
+    static OpenCommunicators all;
+    return all;
+}
 
 class NcclCommunicator final : public Communicator {
 public:
@@ -37,7 +72,7 @@ public:
 private:
     class OwnTransfer;
 
-    std::unique_ptr<Transfer> begin_transfer(const std::string& what,
+    std::unique_ptr<Transfer> begin_transfer(std::size_t bytes, const std::string& what,
                                              const std::function<ncclResult_t()>& call);
     template <class Done>
     void poll(const std::string& what, const Done& done);
@@ -51,6 +86,7 @@ private:
     cudaEvent_t event_ = nullptr;
     cudaStream_t transfers_ = nullptr;  // sends and receives, beside the backend's computation
     double timeout_ = wait_timeout();
+    int exceptions_at_start_ = std::uncaught_exceptions();
 };
 
 ncclUniqueId shared_id(Control& control) {
@@ -75,20 +111,25 @@ NcclCommunicator::NcclCommunicator(Control& control, CudaBackend& backend)
     const ncclUniqueId id = shared_id(control);
     ncclConfig_t config = NCCL_CONFIG_INITIALIZER;
     config.blocking = 0;
-    settle(ncclCommInitRankConfig(&communicator_, control.size(), id, control.rank(), &config),
-           "the ranks' first meeting (ncclCommInitRankConfig)");
+    const ncclResult_t status =
+        ncclCommInitRankConfig(&communicator_, control.size(), id, control.rank(), &config);
+    if (communicator_ != nullptr) open_communicators().add(communicator_);
+    settle(status, "the ranks' first meeting (ncclCommInitRankConfig)");
 }
 
 NcclCommunicator::~NcclCommunicator() {
-    // Aborting needs no peers: after an error they may never come.
-    if (communicator_ != nullptr) ncclCommAbort(communicator_);
+    if (std::uncaught_exceptions() > exceptions_at_start_) {
+        open_communicators().abort_all();
+    } else {
+        open_communicators().abort(communicator_);
+    }
     cudaEventDestroy(event_);
     cudaStreamDestroy(transfers_);
 }
 
 void NcclCommunicator::fail(const std::string& what, const std::string& why) {
     const std::string last = communicator_ != nullptr ? ncclGetLastError(communicator_) : "";
-    if (communicator_ != nullptr) ncclCommAbort(std::exchange(communicator_, nullptr));
+    open_communicators().abort_all();
     throw InfrastructureError("rank {} of {} on {}, CUDA device {}: {}: {}{}", control_.rank(),
                               control_.size(), control_.host(), backend_.device(), what, why,
                               last.empty() ? "" : fmt::format(" ({})", last));
@@ -99,6 +140,7 @@ void NcclCommunicator::poll(const std::string& what, const Done& done) {
     const auto deadline = Clock::now() + std::chrono::duration<double>(timeout_);
     const auto busy_until = Clock::now() + std::chrono::milliseconds(20);
     while (!done()) {
+        note_poll();
         ncclResult_t status = ncclSuccess;
         const ncclResult_t asked = ncclCommGetAsyncError(communicator_, &status);
         if (asked != ncclSuccess) fail(what, ncclGetErrorString(asked));
@@ -200,26 +242,28 @@ private:
 };
 
 // What the backend has been asked so far comes before the transfer.
-std::unique_ptr<Transfer> NcclCommunicator::begin_transfer(const std::string& what,
+std::unique_ptr<Transfer> NcclCommunicator::begin_transfer(std::size_t bytes, const std::string& what,
                                                            const std::function<ncclResult_t()>& call) {
     cuda::check(cudaEventRecord(event_, backend_.stream()), "cudaEventRecord");
     cuda::check(cudaStreamWaitEvent(transfers_, event_), "cudaStreamWaitEvent");
     auto transfer = std::make_unique<OwnTransfer>(*this, what);
-    settle(call(), what);
+    if (bytes > 0) settle(call(), what);
     transfer->begin();
     return transfer;
 }
 
 std::unique_ptr<Transfer> NcclCommunicator::start_send(ConstTensorView tensor, int peer) {
-    return begin_transfer(fmt::format("{} bytes to reach rank {}", tensor.size_bytes(), peer), [&] {
-        return ncclSend(tensor.bytes(), tensor.size_bytes(), ncclUint8, peer, communicator_, transfers_);
-    });
+    return begin_transfer(
+        tensor.size_bytes(), fmt::format("{} bytes to reach rank {}", tensor.size_bytes(), peer), [&] {
+            return ncclSend(tensor.bytes(), tensor.size_bytes(), ncclUint8, peer, communicator_, transfers_);
+        });
 }
 
 std::unique_ptr<Transfer> NcclCommunicator::start_receive(TensorView tensor, int peer) {
-    return begin_transfer(fmt::format("{} bytes from rank {}", tensor.size_bytes(), peer), [&] {
-        return ncclRecv(tensor.bytes(), tensor.size_bytes(), ncclUint8, peer, communicator_, transfers_);
-    });
+    return begin_transfer(
+        tensor.size_bytes(), fmt::format("{} bytes from rank {}", tensor.size_bytes(), peer), [&] {
+            return ncclRecv(tensor.bytes(), tensor.size_bytes(), ncclUint8, peer, communicator_, transfers_);
+        });
 }
 
 }  // namespace

@@ -35,11 +35,17 @@ struct LayersReport {
     std::string propagate = "quantized";  // or "original"
     std::int64_t groups = 1, sweeps = 1;
     double bubble = 0.0;  // share of the stream in which groups must idle, by the plan
-    // Of the slowest rank; with "original" only.
-    double stream_seconds = 0.0, solve_seconds = 0.0, waited_seconds = 0.0;
+    // Of the slowest rank; with "original" only. `run_seconds`: from the first weights read to the last
+    // tensor written.
+    double stream_seconds = 0.0, solve_seconds = 0.0, waited_seconds = 0.0, run_seconds = 0.0;
     // Bytes that came to ranks from others, over all ranks: weights and factors, Hessians, quantized rows,
     // hidden states, finished tensors.
     std::uint64_t broadcast_bytes = 0, sum_bytes = 0, gather_bytes = 0, stream_bytes = 0, delivery_bytes = 0;
+};
+
+// What the plan expected the stages of all blocks to take, in seconds.
+struct PlannedSeconds {
+    double forward = 0.0, hessian = 0.0, factor = 0.0, solve = 0.0, io = 0.0;
 };
 
 // Everything that a finished job tells; report.json holds all of it.
@@ -55,6 +61,7 @@ struct Report {
     double seconds = 0.0;
     std::vector<double> block_seconds;  // of each block, as rank 0 saw it
     std::uint64_t peak_memory = 0;      // of the rank that took most: of its GPU, on the CPU of the process
+    PlannedSeconds planned;
     LayersReport layers;
     std::vector<LinearReport> linears;
     std::vector<std::string> warnings;

@@ -10,9 +10,10 @@ namespace {
 struct Shares {
     double attention, hessian, factor, solve;
     double disk, link, network;
+    double seconds_per_column;
 };
-constexpr Shares kCpuShares{0.4, 1.0, 0.5, 0.4, 5e8, 3e9, 1e9};
-constexpr Shares kCudaShares{0.3, 0.8, 0.047, 0.13, 5e9, 2e11, 4e10};
+constexpr Shares kCpuShares{0.4, 1.0, 0.5, 0.4, 5e8, 3e9, 1e9, 0.0};
+constexpr Shares kCudaShares{0.3, 0.8, 0.25, 0.2, 5e9, 2e11, 4e10, 6e-7};
 
 }  // namespace
 
@@ -21,7 +22,7 @@ std::vector<StageWork> stage_work(const ModelGraph& graph, double length) {
     for (const Stage& stage : graph.stages) {
         const auto n = static_cast<double>(stage.group.columns());
         const auto rows = static_cast<double>(stage.group.rows());
-        StageWork of_stage{2.0 * rows * n, 0.0, n * n, n * n * n / 3.0, rows * n * n};
+        StageWork of_stage{2.0 * rows * n, 0.0, n * n, n * n * n / 3.0, rows * n * n, n};
         if (stage.input == StageInput::attention) {
             const Attention& attention = graph.attention;
             of_stage.attention = 2.0 * length * static_cast<double>(attention.heads * attention.head_dim);
@@ -40,7 +41,8 @@ Rates rates_of(const std::string& backend, double products) {
             products * shares.solve,
             shares.disk,
             shares.link,
-            shares.network};
+            shares.network,
+            shares.seconds_per_column};
 }
 
 double BlockCost::factors() const { return std::accumulate(factor.begin(), factor.end(), 0.0); }
@@ -51,7 +53,7 @@ BlockCost block_cost(const ModelGraph& graph, const Rates& rates, double tokens,
     for (const StageWork& work : stage_work(graph, length)) {
         cost.stream += tokens * (work.forward / rates.forward + work.attention / rates.attention +
                                  work.hessian / rates.hessian);
-        cost.factor.push_back(work.factor / rates.factor);
+        cost.factor.push_back(rates.factor_seconds(work));
         cost.solve.push_back(work.solve / rates.solve);
     }
     return cost;

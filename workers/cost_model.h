@@ -15,6 +15,7 @@ struct StageWork {
     double hessian = 0.0;    // a token, one triangle
     double factor = 0.0;
     double solve = 0.0;
+    double columns = 0.0;  // of the factor, which follow each other
 };
 // `length`: tokens of a sequence, for attention.
 std::vector<StageWork> stage_work(const ModelGraph& graph, double length);
@@ -22,9 +23,14 @@ std::vector<StageWork> stage_work(const ModelGraph& graph, double length);
 // What one rank reaches in operations a second, and what the ways between ranks carry in bytes a second.
 struct Rates {
     double forward = 0.0, attention = 0.0, hessian = 0.0, factor = 0.0, solve = 0.0;
-    double disk = 0.0;     // of a host, reading and writing
-    double link = 0.0;     // of a rank, to ranks of its host
-    double network = 0.0;  // of a rank, to ranks of other hosts
+    double disk = 0.0;                // of a host, reading and writing
+    double link = 0.0;                // of a rank, to ranks of its host
+    double network = 0.0;             // of a rank, to ranks of other hosts
+    double seconds_per_column = 0.0;  // of a factor, beside its operations
+
+    double factor_seconds(const StageWork& work) const {
+        return work.factor / factor + work.columns * seconds_per_column;
+    }
 };
 // Rates of a rank of backend `backend` whose matrix products reach `products` operations a second.
 Rates rates_of(const std::string& backend, double products);

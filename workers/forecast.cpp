@@ -12,8 +12,10 @@ namespace {
 
 // Seconds of one block when all ranks work on it.
 struct BlockTime {
-    double forward = 0.0, hessian = 0.0, factor = 0.0, solve = 0.0, network = 0.0;
-    double total() const { return forward + hessian + factor + solve + network; }
+    double forward = 0.0, hessian = 0.0, factor = 0.0, solve = 0.0;
+    double sums = 0.0, factors_sent = 0.0, rows_sent = 0.0;  // between ranks
+    double network() const { return sums + factors_sent + rows_sent; }
+    double total() const { return forward + hessian + factor + solve + network(); }
 };
 
 double busiest_tokens(const PlannedWork& work, int ranks) {
@@ -29,15 +31,16 @@ double busiest_tokens(const PlannedWork& work, int ranks) {
     return busiest;
 }
 
-// Bytes that pass a rank for one block: Hessians summed, factors and codes spread.
-double bytes_between_ranks(const ModelGraph& graph, bool rows_travel) {
-    double bytes = 0.0;
+// Hessians are summed over all ranks in a ring, factors spread from one, codes gathered from `row_ranks`.
+void exchange(const ModelGraph& graph, double ranks, double row_ranks, double bytes_per_second,
+              BlockTime& time) {
     for (const Stage& stage : graph.stages) {
         const auto n = static_cast<double>(stage.group.columns());
         const auto rows = static_cast<double>(stage.group.rows());
-        bytes += n * (n + 1.0) / 2.0 * 8.0 + n * n * 4.0 + (rows_travel ? rows * n : 0.0);
+        time.sums += 2.0 * (ranks - 1.0) / ranks * n * (n + 1.0) / 2.0 * 8.0 / bytes_per_second;
+        time.factors_sent += n * n * 4.0 / bytes_per_second;
+        time.rows_sent += (row_ranks - 1.0) / row_ranks * rows * n / bytes_per_second;
     }
-    return bytes;
 }
 
 BlockTime block_time(const PlannedWork& work, const World& world, const Rates& rates, int row_ranks,
@@ -51,7 +54,7 @@ BlockTime block_time(const PlannedWork& work, const World& world, const Rates& r
     for (const StageWork& stage : stage_work(*work.graph, length)) {
         time.forward += passes * tokens * (stage.forward / rates.forward + stage.attention / rates.attention);
         time.hessian += tokens * stage.hessian / rates.hessian;
-        factors.push_back(stage.factor / rates.factor);
+        factors.push_back(rates.factor_seconds(stage));
         time.solve += stage.solve / rates.solve / row_ranks;
     }
     time.factor = std::accumulate(factors.begin(), factors.end(), 0.0);
@@ -63,8 +66,8 @@ BlockTime block_time(const PlannedWork& work, const World& world, const Rates& r
         time.factor = *std::max_element(load.begin(), load.end());
     }
     if (ranks > 1) {
-        const double carries = world.host_count() > 1 ? rates.network : rates.link;
-        time.network = bytes_between_ranks(*work.graph, row_ranks > 1) / carries;
+        const double bytes_per_second = world.host_count() > 1 ? rates.network : rates.link;
+        exchange(*work.graph, ranks, row_ranks, bytes_per_second, time);
     }
     return time;
 }
@@ -95,9 +98,9 @@ Forecast forecast_quantized(const PlannedWork& work, const World& world, const R
 
     Forecast forecast;
     forecast.time = {blocks * block.forward,
-                     blocks * block.hessian,
-                     blocks * (block.factor + block.network),
-                     blocks * block.solve,
+                     blocks * (block.hessian + block.sums),
+                     blocks * (block.factor + block.factors_sent),
+                     blocks * (block.solve + block.rows_sent),
                      io,
                      0.0};
     PlannedLayers& planned = forecast.layers;
@@ -113,7 +116,7 @@ Forecast forecast_quantized(const PlannedWork& work, const World& world, const R
             "their "
             "number, at most {:.1f} times",
             seconds_text(block.total()), seconds_text(block.factor), share_text(block.factor, block.total()),
-            seconds_text(block.network), most);
+            seconds_text(block.network()), most);
     }
     return forecast;
 }

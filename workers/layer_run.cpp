@@ -113,6 +113,7 @@ void LayerRun::expect_deliveries() {
 }
 
 std::vector<std::vector<LinearReport>> LayerRun::run() {
+    const Stopwatch watch;
     coordinator_.report("copying tensors that stay as they are", 0.0);
     for (const auto& output : written_) output->copy_untouched();
     if (!given_) {
@@ -123,6 +124,7 @@ std::vector<std::vector<LinearReport>> LayerRun::run() {
     for (std::size_t sweep = 0; sweep < plan_.sweeps.size(); ++sweep) run_sweep(sweep);
     coordinator_.report("writing", 1.0);
     delivery_->finish();
+    run_seconds_ = watch.seconds();
     std::vector<std::vector<LinearReport>> all;
     for (const auto& own : reports_) all.push_back(gather_linears(job().graph, control_, own));
     return all;
@@ -326,10 +328,12 @@ void LayerRun::finish(const std::vector<Report>& reports) {
 void LayerRun::describe(LayersReport& report) {
     const auto micro = [](double s) { return std::llround(s * 1e6); };
     const double waited = stream_ != nullptr ? stream_->seconds_waited() : 0.0;
-    const auto slowest = control_.all_max({micro(stream_seconds_), micro(solve_seconds_), micro(waited)});
+    const auto slowest =
+        control_.all_max({micro(stream_seconds_), micro(solve_seconds_), micro(waited), micro(run_seconds_)});
     report.stream_seconds = static_cast<double>(slowest[0]) * 1e-6;
     report.solve_seconds = static_cast<double>(slowest[1]) * 1e-6;
     report.waited_seconds = static_cast<double>(slowest[2]) * 1e-6;
+    report.run_seconds = static_cast<double>(slowest[3]) * 1e-6;
     report.sweeps = static_cast<std::int64_t>(plan_.sweeps.size());
     report.delivery_bytes =
         static_cast<std::uint64_t>(control_.all_sum({static_cast<double>(delivery_->bytes_sent())}).front());

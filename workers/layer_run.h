@@ -71,7 +71,7 @@ private:
     std::unique_ptr<TensorDelivery> delivery_;
     std::map<int, double> load_seconds_;              // [block]
     std::vector<std::vector<LinearReport>> reports_;  // [output]: what this rank's team solved
-    double stream_seconds_ = 0.0, solve_seconds_ = 0.0;
+    double stream_seconds_ = 0.0, solve_seconds_ = 0.0, run_seconds_ = 0.0;
     double solved_ = 0.0;  // tasks of this rank, for the progress view
 };
 

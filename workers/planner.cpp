@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <random>
 
 #include "jobs/text.h"
 #include "pipeline/gptq_solver.h"
@@ -18,13 +19,6 @@
 namespace quantmill {
 namespace {
 
-// Shares of the matrix product's rate that other stages were seen to reach (bench/RESULTS.md).
-struct RateShares {
-    double attention, hessian, factor, solve;
-    double seconds_per_column;  // of a factorization, whose columns follow each other
-};
-constexpr RateShares kHostShares{0.4, 1.0, 0.5, 0.4, 0.0};
-constexpr RateShares kDeviceShares{0.3, 0.8, 0.25, 0.2, 6e-7};
 // Rates that shared file systems and copies between a host and its GPUs usually keep.
 constexpr double kDiskBytesPerSecond = 5e8;
 constexpr double kHostCopyBytesPerSecond = 2e10;
@@ -253,6 +247,23 @@ std::vector<PlannedRank> describe_ranks(const PreparedJob& job, const Backend& b
     return ranks;
 }
 
+// Numbers like those of a model: products of zeros take less power, so that the device's clock stays higher
+// than it will in the run.
+void fill_with_noise(Backend& backend, TensorView tensor) {
+    constexpr std::int64_t kRows = 64;
+    const std::int64_t rows = tensor.shape()[0], columns = tensor.shape()[1];
+    std::mt19937 random(1);
+    std::normal_distribution<float> normal;
+    std::vector<float> values(static_cast<std::size_t>(kRows * columns));
+    for (float& value : values) value = normal(random);
+    Tensor noise = backend.empty({kRows, columns}, DType::f32, "rate measurement");
+    backend.copy_from_host(values.data(), noise);
+    for (std::int64_t row = 0; row < rows; row += kRows) {
+        const std::int64_t count = std::min(kRows, rows - row);
+        backend.convert(noise.view().rows(0, count), tensor.rows(row, row + count));
+    }
+}
+
 // GFLOP/s of the slowest rank in products of the model's own shape, all ranks at once as in the run.
 double measure_gflops(const ModelGraph& graph, Control& control, Backend& backend) {
     const Linear& linear = graph.stages.front().group.linears.front();
@@ -260,8 +271,8 @@ double measure_gflops(const ModelGraph& graph, Control& control, Backend& backen
     Tensor x = backend.empty({tokens, linear.columns}, backend.activation_dtype(), "rate measurement");
     Tensor w = backend.empty({linear.rows, linear.columns}, backend.activation_dtype(), "rate measurement");
     Tensor out = backend.empty({tokens, linear.rows}, backend.activation_dtype(), "rate measurement");
-    backend.zero(x);
-    backend.zero(w);
+    fill_with_noise(backend, x);
+    fill_with_noise(backend, w);
     const auto product = [&] {
         backend.linear(x, w, {}, out);
         backend.synchronize();
@@ -306,14 +317,12 @@ double forward_flops(const ModelGraph& graph, double attention, bool keeps_carri
     return flops;
 }
 
-// docs/algorithm.md, "What it costs": operations over the measured rate.
-PlannedTime estimate_time(const PreparedJob& job, double gflops, const Backend& backend, const Plan& plan,
-                          int row_ranks) {
-    PlannedTime time;
-    time.gflops = gflops;
-    const double rate = time.gflops * 1e9;
+// What the forecast of propagate: quantized leaves out: activations that do not fit the device, and a shared
+// disk.
+PlannedTime estimate_time(const PreparedJob& job, const PlannedTime& expected, const Rates& rates,
+                          const Backend& backend, const Plan& plan) {
+    PlannedTime time = expected;
     const double blocks = job.graph.blocks;
-    const RateShares& share = backend.host_memory() ? kHostShares : kDeviceShares;
     std::int64_t busiest_rank = 0;  // tokens of the rank that has most
     std::int64_t streamed = 0;      // of the rank that keeps most on its host
     bool recomputes = false;        // some rank
@@ -328,21 +337,15 @@ PlannedTime estimate_time(const PreparedJob& job, double gflops, const Backend& 
         2.0 * static_cast<double>(plan.calibration.longest * attention.heads * attention.head_dim);
     const double passes = job.spec.quantization.true_sequential ? 1.0 : 2.0;
     const bool keeps_carried = !recomputes || !job.spec.quantization.true_sequential;
-    time.forward = passes * blocks * busiest *
-                   forward_flops(job.graph, attention_flops / share.attention, keeps_carried) / rate;
-    for (const Stage& stage : job.graph.stages) {
-        const auto n = static_cast<double>(stage.group.columns());
-        const auto rows = static_cast<double>(stage.group.rows());
-        time.hessian += blocks * busiest * n * n / (rate * share.hessian);
-        time.factor += blocks * (n * n * n / 3.0 / (rate * share.factor) + n * share.seconds_per_column);
-        time.solve += blocks * rows * n * n / (rate * share.solve * row_ranks);
-    }
+    time.forward = passes * blocks * busiest / rates.forward *
+                   forward_flops(job.graph, attention_flops * rates.forward / rates.attention, keeps_carried);
     const double streamed_bytes = blocks * static_cast<double>(streamed) *
                                   static_cast<double>(size_of(backend.activation_dtype())) *
                                   static_cast<double>(streamed_elements(
                                       job.graph, !recomputes && job.spec.quantization.true_sequential));
     // Reading and writing hide behind computing as far as that lasts; the first block and the output's tail
     // do not.
+    time.io = 0.0;
     const double computing = time.total();
     const double disk =
         (static_cast<double>(plan.model.bytes) + static_cast<double>(plan.disk_needed)) / kDiskBytesPerSecond;
@@ -485,14 +488,13 @@ Plan make_plan(const PreparedJob& job, Control& control, Backend& backend, const
     plan.disk_free = free_disk(job.spec.output.directory) + plan.disk_reclaimed;
     plan.ranks = describe_ranks(job, backend, world, layers, writers);
     const double gflops = measure ? measure_gflops(job.graph, control, backend) : 1.0;
-    Forecast expected =
-        forecast(job, planned_work(job, backend), world, rates_of(backend.name(), gflops * 1e9), layers);
+    const Rates rates = rates_of(backend.name(), gflops * 1e9);
+    Forecast expected = forecast(job, planned_work(job, backend), world, rates, layers);
     plan.layers = std::move(expected.layers);
     if (measure) {
-        const auto row_ranks = static_cast<int>(layers.groups.front().size());
         plan.time = job.spec.quantization.propagate == "original"
                         ? expected.time
-                        : estimate_time(job, gflops, backend, plan, row_ranks);
+                        : estimate_time(job, expected.time, rates, backend, plan);
         plan.time->gflops = gflops;
     }
     find_obstacles(job, plan);

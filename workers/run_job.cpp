@@ -82,14 +82,13 @@ OpenedJob open_job(const std::filesystem::path& file, const std::vector<std::str
 void plan_job(const PlanCommand& command, Control& control) {
     const auto [backend, jobs] = open_job(command.job, command.overrides, control);
     const ComputeSpec& compute = jobs.front().spec.compute;
-    const auto communicator = make_communicator(compute.communicator, control, *backend);
+    const std::string communicator = choose_communicator(compute.communicator, control, *backend);
     World world = gather_world(control, *backend);
     if (command.world_size) {
         world = imagine_world(*command.world_size, command.gpus_per_node.value_or(*command.world_size), world,
                               backend->host_memory());
     }
-    Plan plan =
-        plan_of(jobs, control, *backend, communicator->name(), command.measure, command.overwrite, world);
+    Plan plan = plan_of(jobs, control, *backend, communicator, command.measure, command.overwrite, world);
     plan.job = command.job.string();
     if (control.rank() == 0) fmt::print("{}", to_text(plan));
     if (!plan.problems.empty()) throw BadInput("`run` would refuse this job: see the problems above");
@@ -101,7 +100,7 @@ void run_job(const RunCommand& command, Control& control) {
     const PreparedJob& job = jobs.front();
     const ComputeSpec& compute = job.spec.compute;
     const bool original = job.spec.quantization.propagate == "original";
-    const std::string communicator = make_communicator(compute.communicator, control, *backend)->name();
+    const std::string communicator = choose_communicator(compute.communicator, control, *backend);
     const World world = gather_world(control, *backend);
     const Plan plan = plan_of(jobs, control, *backend, communicator, true, command.overwrite, world);
     const double expected_seconds = plan.time ? plan.time->total() : 0.0;
@@ -118,6 +117,10 @@ void run_job(const RunCommand& command, Control& control) {
         reports.push_back(begin_report(output, control, *backend, communicator));
         reports.back().warnings = plan.warnings;
         reports.back().layers.bubble = plan.layers.bubble;
+        if (plan.time) {
+            const PlannedTime& time = *plan.time;
+            reports.back().planned = {time.forward, time.hessian, time.factor, time.solve, time.io};
+        }
     }
     const PlannedRank& mine = plan.ranks.at(static_cast<std::size_t>(control.rank()));
     Coordinator coordinator(control, compute.stall_timeout, original);

@@ -1,4 +1,4 @@
-#include "comm/communicator.h"
+#include "tests/comm/communicator_test.h"
 
 #include <gtest/gtest.h>
 
@@ -6,33 +6,31 @@
 #include <numeric>
 #include <random>
 
-#include "comm/mpi_communicator.h"
-#include "tests/comm/memory_backend.h"
 #include "tests/mpi_main.h"
 
 namespace quantmill {
 namespace {
 
-// Host memory, and device memory that is staged in pieces of some odd size.
-struct Memory {
-    bool host;
-    std::size_t staging_bytes;
-};
-
 class CommunicatorTest : public testing::TestWithParam<Memory> {
 protected:
-    CommunicatorTest() { RecordProperty("seed", std::to_string(test_seed())); }
+    void SetUp() override {
+        RecordProperty("seed", std::to_string(test_seed()));
+        std::string obstacle;
+        backend_ = GetParam().backend(control_, obstacle);
+        if (backend_ == nullptr) GTEST_SKIP() << obstacle;
+        communicator_ = GetParam().communicator(control_, *backend_);
+    }
 
     template <class T>
     Tensor upload(const std::vector<T>& values, Shape shape) {
-        Tensor tensor = backend_.empty(shape, dtype_of<T>, "test");
-        backend_.copy_from_host(values.data(), tensor);
+        Tensor tensor = backend_->empty(shape, dtype_of<T>, "test");
+        backend_->copy_from_host(values.data(), tensor);
         return tensor;
     }
     template <class T>
     std::vector<T> download(const Tensor& tensor) {
         std::vector<T> values(static_cast<std::size_t>(tensor.shape().count()));
-        backend_.copy_to_host(tensor, values.data());
+        backend_->copy_to_host(tensor, values.data());
         return values;
     }
     std::vector<float> random_floats(std::int64_t count) {
@@ -42,9 +40,8 @@ protected:
     }
 
     Control& control_ = test_control();
-    MemoryBackend backend_{GetParam().host};
-    std::unique_ptr<Communicator> communicator_ =
-        make_mpi_communicator(control_, backend_, GetParam().staging_bytes);
+    std::unique_ptr<Backend> backend_;
+    std::unique_ptr<Communicator> communicator_;
     std::mt19937_64 random_{test_seed()};  // the same numbers on every rank
 };
 
@@ -91,6 +88,64 @@ TEST_P(CommunicatorTest, SumOnOneRank) {
         communicator_->sum_to(sum, root);
         if (control_.rank() == root) {
             EXPECT_EQ(download<std::int64_t>(sum), expected);
+        }
+    }
+}
+
+// Other algorithms than small messages: rings, pieces.
+TEST_P(CommunicatorTest, LargeTensors) {
+    if (GetParam().name == "in_small_pieces") GTEST_SKIP() << "100,000 pieces take minutes";
+    constexpr std::int64_t kRows = 1201, kColumns = 1009;  // 9.7 MB
+    std::vector<std::int64_t> values(kRows * kColumns), sums(values.size());
+    const std::int64_t ranks = control_.size(), rank = control_.rank();
+    for (std::size_t i = 0; i < values.size(); ++i) {
+        const auto base = static_cast<std::int64_t>(random_() >> 8U) - (std::int64_t{1} << 54U);
+        values[i] = base * (rank + 1);
+        sums[i] = base * (ranks * (ranks + 1) / 2);
+    }
+    Tensor tensor = upload(values, {kRows, kColumns});
+    communicator_->all_sum(tensor);
+    EXPECT_EQ(download<std::int64_t>(tensor), sums);
+
+    const int root = static_cast<int>(ranks) - 1;
+    tensor = upload(values, {kRows, kColumns});
+    communicator_->sum_to(tensor, root);
+    if (rank == root) {
+        EXPECT_EQ(download<std::int64_t>(tensor), sums);
+    }
+
+    tensor = upload(rank == root ? sums : values, {kRows, kColumns});
+    communicator_->broadcast(tensor, root);
+    EXPECT_EQ(download<std::int64_t>(tensor), sums);
+
+    std::vector<RowRange> ranges;
+    for (std::int64_t r = 0; r < ranks; ++r) ranges.push_back({kRows * r / ranks, kRows * (r + 1) / ranks});
+    std::vector<std::int64_t> mine(sums.size(), -1);
+    const RowRange own = ranges[static_cast<std::size_t>(rank)];
+    std::copy(sums.begin() + own.begin * kColumns, sums.begin() + own.end * kColumns,
+              mine.begin() + own.begin * kColumns);
+    tensor = upload(mine, {kRows, kColumns});
+    communicator_->all_gather_rows(tensor, ranges);
+    EXPECT_EQ(download<std::int64_t>(tensor), sums);
+}
+
+// What is sent was computed just before, and what is received is computed with at once.
+TEST_P(CommunicatorTest, TransfersFollowTheBackendsWork) {
+    if (backend_->name() == "memory" || control_.size() == 1) GTEST_SKIP() << "nothing is computed";
+    constexpr std::int64_t kCount = 5'000'000;
+    const int rank = control_.rank(), peer = rank ^ 1;
+    if (peer >= control_.size()) return;
+    for (int round = 0; round < 5; ++round) {
+        Tensor source = upload(std::vector<float>(kCount, static_cast<float>(round)), {kCount});
+        Tensor tensor = backend_->empty({kCount}, DType::f32, "message");
+        if (rank < peer) {
+            backend_->copy(source, tensor);  // on its way when the sending starts
+            communicator_->start_send(tensor, peer)->wait();
+        } else {
+            backend_->zero(tensor);
+            communicator_->start_receive(tensor, peer)->wait();
+            backend_->copy(tensor, source);
+            EXPECT_EQ(download<float>(source), std::vector<float>(kCount, static_cast<float>(round)));
         }
     }
 }
@@ -170,16 +225,8 @@ TEST_P(CommunicatorTest, RefusesRangesThatOverlapOrDoNotExist) {
     EXPECT_THROW(communicator_->all_gather_rows(tensor, ranges), InternalError);
 }
 
-INSTANTIATE_TEST_SUITE_P(Memories, CommunicatorTest,
-                         testing::Values(Memory{true, 0}, Memory{false, 100},
-                                         Memory{false, std::size_t{64} << 20U}));
-
-TEST(MakeCommunicator, KnowsItsKinds) {
-    MemoryBackend backend(true);
-    EXPECT_EQ(make_communicator("auto", test_control(), backend)->name(), "mpi");
-    EXPECT_EQ(make_communicator("mpi", test_control(), backend)->name(), "mpi");
-    EXPECT_THROW(make_communicator("gloo", test_control(), backend), BadInput);
-}
+INSTANTIATE_TEST_SUITE_P(Memories, CommunicatorTest, testing::ValuesIn(tested_memories()),
+                         [](const auto& test) { return test.param.name; });
 
 }  // namespace
 }  // namespace quantmill
