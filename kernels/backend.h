@@ -166,10 +166,12 @@ public:
 
     // --- GPTQ (docs/algorithm.md; Babai's nearest plane, arXiv 2507.18553). ---
 
-    // Bytes that reverse_cholesky and gptq_solve take beside their operands, for plans.
+    // Bytes that reverse_cholesky, gptq_solve and what follows it take beside their operands, for plans.
     virtual std::size_t factor_workspace(std::int64_t columns) const = 0;
     virtual std::size_t solve_workspace(std::int64_t rows, std::int64_t columns,
                                         const QuantizationGrid& grid) const = 0;
+    virtual std::size_t refine_workspace(std::int64_t rows, std::int64_t columns,
+                                         const QuantizationGrid& grid) const = 0;
     // Factors H = R·Rᵀ, R upper, from the lower triangle of h, in place: afterwards
     // h[i, j] = R_ij / R_jj for i < j and h[j, j] = R_jj; the lower triangle is undefined.
     // Returns false when H is not numerically positive definite (h is then undefined).
@@ -207,8 +209,7 @@ public:
     virtual void mirror_triangle(TensorView h) = 0;
     // Per row (w − q) H (w − q)ᵀ; loss f32 [R].
     virtual void quadratic_loss(ConstTensorView weights, ConstTensorView hessian,
-                                const QuantizationGrid& grid, ConstQuantizedViews quantized,
-                                TensorView loss) = 0;
+                                const QuantizationGrid& grid, QuantizedViews quantized, TensorView loss) = 0;
     // One sweep of coordinate descent: in order of columns each code moves to where the loss is least with
     // all others as they are. Scales and zeros stay.
     virtual void sweep_codes(ConstTensorView weights, ConstTensorView hessian, const QuantizationGrid& grid,

@@ -66,6 +66,8 @@ public:
     std::size_t factor_workspace(std::int64_t) const override { return 0; }  // tiles, in place
     std::size_t solve_workspace(std::int64_t rows, std::int64_t columns,
                                 const QuantizationGrid& grid) const override;
+    std::size_t refine_workspace(std::int64_t rows, std::int64_t columns,
+                                 const QuantizationGrid& grid) const override;
     [[nodiscard]] bool reverse_cholesky(TensorView h) override;
     void permute_columns(ConstTensorView x, std::span<const std::int32_t> order, TensorView out) override;
     void zero_columns(std::span<const std::int32_t> columns, TensorView x) override;
@@ -76,7 +78,7 @@ public:
                     TensorView out) override;
     void mirror_triangle(TensorView h) override;
     void quadratic_loss(ConstTensorView weights, ConstTensorView hessian, const QuantizationGrid& grid,
-                        ConstQuantizedViews quantized, TensorView loss) override;
+                        QuantizedViews quantized, TensorView loss) override;
     void sweep_codes(ConstTensorView weights, ConstTensorView hessian, const QuantizationGrid& grid,
                      QuantizedViews quantized) override;
     void refit_scales(ConstTensorView weights, ConstTensorView hessian, const QuantizationGrid& grid,

@@ -27,17 +27,6 @@ struct Problem {
     std::int64_t groups() const { return grid.groups(columns); }
 };
 
-bool operands_fit(const ConstTensorView& weights, const ConstTensorView& hessian,
-                  const QuantizationGrid& grid, const ConstQuantizedViews& quantized) {
-    if (weights.shape().rank() != 2 || grid.group_size < 1) return false;
-    const std::int64_t rows = weights.extent(0);
-    const std::int64_t columns = weights.extent(1);
-    const std::int64_t groups = grid.groups(columns);
-    return weights.dtype() == DType::f32 && is(hessian, DType::f32, {columns, columns}) &&
-           is(quantized.codes, DType::u8, {rows, columns}) &&
-           is(quantized.scales, DType::f16, {rows, groups}) && is(quantized.zeros, DType::u8, {rows, groups});
-}
-
 // What is added to a scale: it keeps its sign, and is as the file stores it.
 double storable_change(float scale, double change, const QuantizationGrid& grid) {
     const double wanted = double{scale} + change;
@@ -259,10 +248,8 @@ void for_each_row_block(const Problem& problem, const Visit& visit) {
 }
 
 Problem problem_of(const ConstTensorView& weights, const ConstTensorView& hessian,
-                   const QuantizationGrid& grid, const ConstQuantizedViews& quantized,
-                   const char* operation) {
-    require_operands(operands_fit(weights, hessian, grid, quantized), operation,
-                     {weights, hessian, quantized.codes, quantized.scales, quantized.zeros});
+                   const QuantizationGrid& grid, const QuantizedViews& quantized, const char* operation) {
+    require_refine_operands(weights, hessian, grid, quantized, operation);
     return {weights.data<float>(),
             hessian.data<float>(),
             weights.extent(0),
@@ -275,9 +262,16 @@ Problem problem_of(const ConstTensorView& weights, const ConstTensorView& hessia
 
 }  // namespace
 
+std::size_t CpuBackend::refine_workspace(std::int64_t, std::int64_t columns,
+                                         const QuantizationGrid& grid) const {
+    const std::int64_t window = std::min(columns, kRefitWindow * grid.group_size);
+    const auto lanes = static_cast<std::size_t>(threads() * kRows);
+    return lanes * (static_cast<std::size_t>(4 * columns + window) * sizeof(float) +
+                    static_cast<std::size_t>(kRefitWindow * (kRefitWindow + 1)) * sizeof(double));
+}
+
 void CpuBackend::mirror_triangle(TensorView h) {
-    const std::int64_t n = h.extent(0);
-    require_operands(is(h, DType::f32, {n, n}), "mirror_triangle", {h});
+    const std::int64_t n = square_order(h, "mirror_triangle");
     auto* elements = h.data<float>();
     constexpr std::int64_t kTile = 64;  // both sides of the diagonal stay in the cache
 #pragma omp parallel for schedule(dynamic, 1)
@@ -293,8 +287,7 @@ void CpuBackend::mirror_triangle(TensorView h) {
 }
 
 void CpuBackend::quadratic_loss(ConstTensorView weights, ConstTensorView hessian,
-                                const QuantizationGrid& grid, ConstQuantizedViews quantized,
-                                TensorView loss) {
+                                const QuantizationGrid& grid, QuantizedViews quantized, TensorView loss) {
     const Problem problem = problem_of(weights, hessian, grid, quantized, "quadratic_loss");
     require_operands(is(loss, DType::f32, {problem.rows}), "quadratic_loss", {weights, loss});
     auto* out = loss.data<float>();
