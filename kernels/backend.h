@@ -45,6 +45,9 @@ struct QuantizationGrid {
 // its multiples and get the same bytes as an unsplit call.
 inline constexpr std::int64_t kSolveRowBlock = 64;
 
+// Groups of a row whose scales are fitted together: a system of that order for each row.
+inline constexpr std::int64_t kRefitWindow = 32;
+
 // Where a solve or a decode puts or finds a quantized linear of R rows, C columns, G groups.
 template <class View>
 struct BasicQuantizedViews {
@@ -163,10 +166,12 @@ public:
 
     // --- GPTQ (docs/algorithm.md; Babai's nearest plane, arXiv 2507.18553). ---
 
-    // Bytes that reverse_cholesky and gptq_solve take beside their operands, for plans.
+    // Bytes that reverse_cholesky, gptq_solve and what follows it take beside their operands, for plans.
     virtual std::size_t factor_workspace(std::int64_t columns) const = 0;
     virtual std::size_t solve_workspace(std::int64_t rows, std::int64_t columns,
                                         const QuantizationGrid& grid) const = 0;
+    virtual std::size_t refine_workspace(std::int64_t rows, std::int64_t columns,
+                                         const QuantizationGrid& grid) const = 0;
     // Factors H = R·Rᵀ, R upper, from the lower triangle of h, in place: afterwards
     // h[i, j] = R_ij / R_jj for i < j and h[j, j] = R_jj; the lower triangle is undefined.
     // Returns false when H is not numerically positive definite (h is then undefined).
@@ -196,26 +201,23 @@ public:
     // dtype.
     virtual void dequantize(ConstQuantizedViews quantized, std::span<const std::int32_t> g_idx,
                             TensorView out) = 0;
-    // --- After the solve (docs/quality.md). hessian f32 [C, C] is the damped H, both triangles, its columns
-    // in the order of weights and codes. ---
+    // --- After the solve (docs/quality.md). hessian: the damped H f32 [C, C], both triangles; weights f32
+    // [R, C]; column c belongs to group c / group_size. Each never raises (w − q) H (w − q)ᵀ of a row but for
+    // rounding in fp32. ---
 
-    // Per row (w − q) H (w − q)ᵀ; weights f32 [R, C], loss f32 [R].
-    virtual void quadratic_loss(ConstTensorView, ConstTensorView, ConstQuantizedViews,
-                                std::span<const std::int32_t>, TensorView) {
-        throw InternalError("quadratic_loss is not built");
-    }
-    // One sweep of coordinate descent over the codes of each row, in the order of columns, scales fixed: each
-    // code moves to where (w − q) H (w − q)ᵀ is least given all others.
-    virtual void sweep_codes(ConstTensorView, ConstTensorView, const QuantizationGrid&,
-                             std::span<const std::int32_t>, QuantizedViews) {
-        throw InternalError("sweep_codes is not built");
-    }
-    // The scales of each row that minimise (w − q) H (w − q)ᵀ for its codes, rounded as the grid says; a row
-    // keeps its scales where that would not lower the loss.
-    virtual void refit_scales(ConstTensorView, ConstTensorView, const QuantizationGrid&,
-                              std::span<const std::int32_t>, QuantizedViews) {
-        throw InternalError("refit_scales is not built");
-    }
+    // Copies the lower triangle of h to the upper one.
+    virtual void mirror_triangle(TensorView h) = 0;
+    // Per row (w − q) H (w − q)ᵀ; loss f32 [R].
+    virtual void quadratic_loss(ConstTensorView weights, ConstTensorView hessian,
+                                const QuantizationGrid& grid, QuantizedViews quantized, TensorView loss) = 0;
+    // One sweep of coordinate descent: in order of columns each code moves to where the loss is least with
+    // all others as they are. Scales and zeros stay.
+    virtual void sweep_codes(ConstTensorView weights, ConstTensorView hessian, const QuantizationGrid& grid,
+                             QuantizedViews quantized) = 0;
+    // The scales with the least loss for the codes as they are, kRefitWindow groups of a row at a time,
+    // rounded as the grid says; those of a window stay where rounding would make it worse.
+    virtual void refit_scales(ConstTensorView weights, ConstTensorView hessian, const QuantizationGrid& grid,
+                              QuantizedViews quantized) = 0;
 
     // GPTQ's qweight: 32 consecutive codes of a row fill `bits` words as one LSB-first bit stream.
     // codes u8 [R, C] <-> packed i32 [C·bits/32, R]; C is a multiple of 32.

@@ -57,6 +57,22 @@ inline void require_solve_operands(const ConstTensorView& weights, const ConstTe
         "gptq_solve", {weights, factor, out.codes, out.scales, out.zeros, loss});
 }
 
+// Of the operations that work on a quantized linear: hessian f32 [C, C].
+inline void require_refine_operands(const ConstTensorView& weights, const ConstTensorView& hessian,
+                                    const QuantizationGrid& grid, const QuantizedViews& quantized,
+                                    std::string_view operation) {
+    const bool possible = weights.shape().rank() == 2 && grid.group_size >= 1;
+    const std::int64_t rows = possible ? weights.extent(0) : 0;
+    const std::int64_t columns = possible ? weights.extent(1) : 0;
+    const std::int64_t groups = possible ? grid.groups(columns) : 0;
+    require_operands(possible && weights.dtype() == DType::f32 &&
+                         is(hessian, DType::f32, {columns, columns}) &&
+                         is(quantized.codes, DType::u8, {rows, columns}) &&
+                         is(quantized.scales, DType::f16, {rows, groups}) &&
+                         is(quantized.zeros, DType::u8, {rows, groups}),
+                     operation, {weights, hessian, quantized.codes, quantized.scales, quantized.zeros});
+}
+
 inline constexpr std::int64_t kPackedRun = 32;  // codes of one row that fill `bits` whole words
 
 // Throws unless codes are u8 [R, C], C a multiple of 32, and words their packed form.

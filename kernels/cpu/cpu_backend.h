@@ -13,7 +13,7 @@ namespace quantmill {
 
 // Host memory, fp32 compute: single-threaded OpenBLAS calls on tiles that depend on the operands' shapes
 // only, spread over OpenMP threads, so the number of threads never changes a bit of any result.
-// One file an operation family: gemm, elementwise, attention, hessian, cholesky, gptq_solve, pack.
+// One file an operation family: gemm, elementwise, attention, hessian, cholesky, gptq_solve, refine, pack.
 class CpuBackend final : public Backend {
 public:
     // threads: OpenMP threads for all operations; one is used when OpenBLAS is a serial build, which
@@ -66,6 +66,8 @@ public:
     std::size_t factor_workspace(std::int64_t) const override { return 0; }  // tiles, in place
     std::size_t solve_workspace(std::int64_t rows, std::int64_t columns,
                                 const QuantizationGrid& grid) const override;
+    std::size_t refine_workspace(std::int64_t rows, std::int64_t columns,
+                                 const QuantizationGrid& grid) const override;
     [[nodiscard]] bool reverse_cholesky(TensorView h) override;
     void permute_columns(ConstTensorView x, std::span<const std::int32_t> order, TensorView out) override;
     void zero_columns(std::span<const std::int32_t> columns, TensorView x) override;
@@ -74,6 +76,13 @@ public:
                     QuantizedViews out, TensorView loss) override;
     void dequantize(ConstQuantizedViews quantized, std::span<const std::int32_t> g_idx,
                     TensorView out) override;
+    void mirror_triangle(TensorView h) override;
+    void quadratic_loss(ConstTensorView weights, ConstTensorView hessian, const QuantizationGrid& grid,
+                        QuantizedViews quantized, TensorView loss) override;
+    void sweep_codes(ConstTensorView weights, ConstTensorView hessian, const QuantizationGrid& grid,
+                     QuantizedViews quantized) override;
+    void refit_scales(ConstTensorView weights, ConstTensorView hessian, const QuantizationGrid& grid,
+                      QuantizedViews quantized) override;
     void pack(ConstTensorView codes, int bits, TensorView packed) override;
     void unpack(ConstTensorView packed, int bits, TensorView codes) override;
 };

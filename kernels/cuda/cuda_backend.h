@@ -19,7 +19,7 @@ namespace quantmill {
 
 // One GPU: bf16 activations, fp32 accumulation. All operations go to one stream (copy lanes have their own),
 // memory comes from a stream-ordered pool, and only what returns values to the host waits for the device.
-// One file an operation family: forward, hessian, cholesky, gptq_solve (.cpp: which kernels and
+// One file an operation family: forward, hessian, cholesky, gptq_solve, refine (.cpp: which kernels and
 // products; .cu: the kernels).
 class CudaBackend final : public Backend {
 public:
@@ -78,6 +78,8 @@ public:
     std::size_t factor_workspace(std::int64_t columns) const override;
     std::size_t solve_workspace(std::int64_t rows, std::int64_t columns,
                                 const QuantizationGrid& grid) const override;
+    std::size_t refine_workspace(std::int64_t rows, std::int64_t columns,
+                                 const QuantizationGrid& grid) const override;
     [[nodiscard]] bool reverse_cholesky(TensorView h) override;
     void permute_columns(ConstTensorView x, std::span<const std::int32_t> order, TensorView out) override;
     void zero_columns(std::span<const std::int32_t> columns, TensorView x) override;
@@ -86,6 +88,13 @@ public:
                     QuantizedViews out, TensorView loss) override;
     void dequantize(ConstQuantizedViews quantized, std::span<const std::int32_t> g_idx,
                     TensorView out) override;
+    void mirror_triangle(TensorView h) override;
+    void quadratic_loss(ConstTensorView weights, ConstTensorView hessian, const QuantizationGrid& grid,
+                        QuantizedViews quantized, TensorView loss) override;
+    void sweep_codes(ConstTensorView weights, ConstTensorView hessian, const QuantizationGrid& grid,
+                     QuantizedViews quantized) override;
+    void refit_scales(ConstTensorView weights, ConstTensorView hessian, const QuantizationGrid& grid,
+                      QuantizedViews quantized) override;
     void pack(ConstTensorView codes, int bits, TensorView packed) override;
     void unpack(ConstTensorView packed, int bits, TensorView codes) override;
 

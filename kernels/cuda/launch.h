@@ -134,6 +134,37 @@ void group_grid(const SolveRows& rows, const void* ranges, std::int64_t group, c
 void factor_slots(const float* factor, std::int64_t columns, const SolveSlots& slots, std::int64_t count,
                   std::int64_t first, std::int64_t last, void* out, std::int64_t ld, cudaStream_t stream);
 
+// --- refine.cu ---
+inline constexpr int kRefineBlock = 128;  // columns that one kernel sweeps
+inline constexpr int kRefitGroups = 32;   // groups of a row whose scales are fitted together
+// Quantized rows and the weights that they stand for: R rows, C columns, G groups.
+struct RefineRows {
+    const float* weights;       // [R, C]
+    std::uint8_t* codes;        // [R, C]
+    void* scales;               // f16 [R, G]
+    const std::uint8_t* zeros;  // [R, G]
+    std::int64_t rows, columns, groups, group_size;
+    float max_code;
+};
+void mirror_triangle(float* h, std::int64_t n, cudaStream_t stream);
+// errors, steps [R, C] = weights − scales · steps, codes − zeros; steps may be null.
+void refine_errors(const RefineRows& rows, float* errors, float* steps, cudaStream_t stream);
+// sums[row] += Σ_j errors[row, j] · products[row, j], j < width; products [R, width].
+void add_losses(const float* errors, std::int64_t ld_errors, const float* products, std::int64_t width,
+                std::int64_t rows, double* sums, cudaStream_t stream);
+void store_losses(const double* sums, std::int64_t rows, float* loss, cudaStream_t stream);
+// Sweeps columns [first, first + width); gradients [R, kRefineBlock] = errors · H of these columns.
+void sweep_block(const RefineRows& rows, const float* hessian, std::int64_t first, int width,
+                 const float* gradients, float* errors, cudaStream_t stream);
+// out[row · row_step + g] = Σ_j steps[row, j] · products[row, j − begin] over group g of columns [begin,
+// end).
+void dot_groups(const RefineRows& rows, const float* steps, std::int64_t begin, std::int64_t end,
+                const float* products, std::int64_t groups, double* out, std::int64_t row_step,
+                cudaStream_t stream);
+// Solves a system of `count` scales a row from group `first` on; a [R, 32, 32], b [R, 32].
+void move_scales(const RefineRows& rows, std::int64_t first, int count, const double* a, const double* b,
+                 bool bf16_scales, cudaStream_t stream);
+
 // --- pack.cu ---
 void dequantize(const std::uint8_t* codes, const void* scales, const std::uint8_t* zeros,
                 const std::int32_t* g_idx, std::int64_t rows, std::int64_t columns, std::int64_t groups,

@@ -66,6 +66,9 @@ public:
     std::size_t solve_workspace(std::int64_t, std::int64_t, const QuantizationGrid&) const override {
         return 0;
     }
+    std::size_t refine_workspace(std::int64_t, std::int64_t, const QuantizationGrid&) const override {
+        return 0;
+    }
     bool reverse_cholesky(TensorView) override { unused(); }
     void permute_columns(ConstTensorView, std::span<const std::int32_t>, TensorView) override { unused(); }
     void zero_columns(std::span<const std::int32_t>, TensorView) override { unused(); }
@@ -75,6 +78,17 @@ public:
         unused();
     }
     void dequantize(ConstQuantizedViews, std::span<const std::int32_t>, TensorView) override { unused(); }
+    void mirror_triangle(TensorView) override { unused(); }
+    void quadratic_loss(ConstTensorView, ConstTensorView, const QuantizationGrid&, QuantizedViews,
+                        TensorView) override {
+        unused();
+    }
+    void sweep_codes(ConstTensorView, ConstTensorView, const QuantizationGrid&, QuantizedViews) override {
+        unused();
+    }
+    void refit_scales(ConstTensorView, ConstTensorView, const QuantizationGrid&, QuantizedViews) override {
+        unused();
+    }
     void pack(ConstTensorView, int, TensorView) override { unused(); }
     void unpack(ConstTensorView, int, TensorView) override { unused(); }
 
