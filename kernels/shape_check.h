@@ -1,9 +1,12 @@
 #pragma once
 
+#include <cstddef>
+#include <cstdint>
 #include <initializer_list>
 #include <string>
 #include <string_view>
 
+#include "kernels/backend.h"
 #include "kernels/error.h"
 #include "kernels/tensor.h"
 
@@ -24,6 +27,45 @@ inline void require_operands(bool fit, std::string_view operation,
 // Whether a view has this type and exactly these extents.
 inline bool is(const ConstTensorView& view, DType dtype, const Shape& shape) {
     return view.dtype() == dtype && view.shape() == shape;
+}
+
+// The order of a square matrix; throws unless h is f32 [C, C].
+inline std::int64_t square_order(const ConstTensorView& h, std::string_view operation) {
+    const bool square = h.shape().rank() == 2 && h.extent(0) == h.extent(1);
+    require_operands(square && h.dtype() == DType::f32, operation, {h});
+    return h.extent(0);
+}
+
+inline void require_length(std::size_t length, std::int64_t order, std::string_view operation) {
+    if (static_cast<std::int64_t>(length) != order) {
+        throw InternalError("{}: {} values for a matrix of order {}", operation, length, order);
+    }
+}
+
+inline void require_solve_operands(const ConstTensorView& weights, const ConstTensorView& factor,
+                                   const QuantizationGrid& grid, const QuantizedViews& out,
+                                   const TensorView& loss) {
+    const bool possible =
+        weights.shape().rank() == 2 && grid.group_size >= 1 && grid.bits >= 2 && grid.bits <= 8;
+    const std::int64_t rows = possible ? weights.extent(0) : 0;
+    const std::int64_t columns = possible ? weights.extent(1) : 0;
+    const std::int64_t groups = possible ? grid.groups(columns) : 0;
+    require_operands(
+        possible && weights.dtype() == DType::f32 && is(factor, DType::f32, {columns, columns}) &&
+            is(out.codes, DType::u8, {rows, columns}) && is(out.scales, DType::f16, {rows, groups}) &&
+            is(out.zeros, DType::u8, {rows, groups}) && is(loss, DType::f32, {rows}),
+        "gptq_solve", {weights, factor, out.codes, out.scales, out.zeros, loss});
+}
+
+inline constexpr std::int64_t kPackedRun = 32;  // codes of one row that fill `bits` whole words
+
+// Throws unless codes are u8 [R, C], C a multiple of 32, and words their packed form.
+inline void require_packing(const ConstTensorView& codes, int bits, const ConstTensorView& words,
+                            std::string_view operation) {
+    const bool fit = bits >= 1 && bits <= 8 && codes.dtype() == DType::u8 && codes.shape().rank() == 2 &&
+                     codes.extent(1) % kPackedRun == 0 &&
+                     is(words, DType::i32, {codes.extent(1) / kPackedRun * bits, codes.extent(0)});
+    require_operands(fit, operation, {codes, words});
 }
 
 }  // namespace quantmill

@@ -120,9 +120,8 @@ private:
 }  // namespace
 
 bool CpuBackend::reverse_cholesky(TensorView h) {
-    const bool square = h.shape().rank() == 2 && h.extent(0) == h.extent(1);
-    require_operands(square && h.dtype() == DType::f32, "reverse_cholesky", {h});
-    ReverseCholesky cholesky(h.data<float>(), h.extent(0));
+    const std::int64_t order = square_order(h, "reverse_cholesky");
+    ReverseCholesky cholesky(h.data<float>(), order);
     bool positive = true;
 #pragma omp parallel
     {

@@ -33,25 +33,26 @@ struct Lanes {
     float zero[kRows];
 };
 
-// Quantizes a column of targets; leaves the error w − q and adds (target − q)² · weight to the loss.
-QUANTMILL_HOT_LOOP void quantize_column(const float* targets, const float* weights, const Lanes& lanes,
+// Quantizes a column of targets w + push; leaves the error w − q and adds (target − q)² · weight to the loss.
+QUANTMILL_HOT_LOOP void quantize_column(const float* pushes, const float* weights, const Lanes& lanes,
                                         float max_code, double importance, float* errors, std::uint8_t* codes,
                                         double* loss) {
     for (std::int64_t r = 0; r < kRows; ++r) {
-        const float code = quantize(targets[r], lanes.scale[r], lanes.zero[r], max_code);
+        const float target = weights[r] + pushes[r];
+        const float code = quantize(target, lanes.scale[r], lanes.zero[r], max_code);
         const float value = lanes.scale[r] * (code - lanes.zero[r]);
-        const double miss = double{targets[r]} - double{value};
+        const double miss = double{target} - double{value};
         codes[r] = static_cast<std::uint8_t>(static_cast<int>(code));
         errors[r] = weights[r] - value;
         loss[r] += miss * miss * importance;
     }
 }
 
-// targets[j] += errors · row[j] for the `count` columns to the right of the errors' column.
+// pushes[j] += errors · row[j] for the `count` columns to the right of the errors' column.
 QUANTMILL_HOT_LOOP void feed_forward(const float* errors, const float* row, std::int64_t count,
-                                     float* targets) {
+                                     float* pushes) {
     for (std::int64_t j = 0; j < count; ++j) {
-        for (std::int64_t r = 0; r < kRows; ++r) targets[j * kRows + r] += errors[r] * row[j];
+        for (std::int64_t r = 0; r < kRows; ++r) pushes[j * kRows + r] += errors[r] * row[j];
     }
 }
 
@@ -75,9 +76,9 @@ public:
         : p_(problem),
           errors_(static_cast<std::size_t>(problem.columns * kRows)),
           weights_(kBlock * kRows),
-          targets_(kBlock * kRows),
-          pushes_(static_cast<std::size_t>(problem.grid.group_size * kRows)),
-          group_weights_(pushes_.size()),
+          pushes_(kBlock * kRows),
+          continued_(static_cast<std::size_t>(problem.grid.group_size * kRows)),
+          group_weights_(continued_.size()),
           codes_(kBlock * kRows) {}
 
     void solve(std::int64_t first_row) {
@@ -95,13 +96,13 @@ private:
     void solve_columns(std::int64_t begin, std::int64_t end) {
         const std::int64_t group_size = p_.grid.group_size;
         load_weights(begin, end, weights_.data());
-        targets_ = weights_;
-        add_errors(0, begin, begin, end, targets_.data());
+        std::fill(pushes_.begin(), pushes_.end(), 0.0F);
+        add_errors(0, begin, begin, end, pushes_.data());
         for (std::int64_t column = begin; column < end;) {
             const std::int64_t group = column / group_size;
             const std::int64_t group_end = std::min((group + 1) * group_size, p_.columns);
             const std::int64_t stop = std::min(end, group_end);
-            add_errors(begin, column, column, stop, targets_.data() + (column - begin) * kRows);
+            add_errors(begin, column, column, stop, pushes_.data() + (column - begin) * kRows);
             if (column == group * group_size) choose_grid(begin, end, column, group_end);
             walk(begin, column, stop);
             column = stop;
@@ -137,21 +138,20 @@ private:
         if (group_end > end) {  // the group goes on in later blocks
             load_weights(column, group_end, group_weights_.data());
             weights = group_weights_.data();
-            std::fill_n(pushes_.begin(), width * kRows, 0.0F);
-            add_errors(0, column, column, group_end, pushes_.data());
+            std::fill_n(continued_.begin(), width * kRows, 0.0F);
+            add_errors(0, column, column, group_end, continued_.data());
         } else {
-            const float* targets = targets_.data() + (column - begin) * kRows;
-            for (std::int64_t i = 0; i < width * kRows; ++i) pushes_[i] = targets[i] - weights[i];
+            std::copy_n(pushes_.begin() + (column - begin) * kRows, width * kRows, continued_.begin());
         }
         if (column > 0) {
             cblas_strsm(CblasRowMajor, CblasLeft, CblasUpper, CblasTrans, CblasUnit,
                         static_cast<blasint>(width), static_cast<blasint>(kRows), 1.0F,
                         p_.factor + column * p_.columns + column, static_cast<blasint>(p_.columns),
-                        pushes_.data(), static_cast<blasint>(kRows));
+                        continued_.data(), static_cast<blasint>(kRows));
         }
         float low[kRows] = {};  // a range that includes 0, for symmetric grids too
         float high[kRows] = {};
-        widen_range(weights, pushes_.data(), width, low, high);
+        widen_range(weights, continued_.data(), width, low, high);
         store_grid(column / p_.grid.group_size, low, high);
     }
 
@@ -174,9 +174,9 @@ private:
             const float* row = p_.factor + j * p_.columns;
             const double importance = double{row[j]} * double{row[j]};
             float* errors = errors_.data() + j * kRows;
-            quantize_column(targets_.data() + lanes, weights_.data() + lanes, lanes_, max_code, importance,
+            quantize_column(pushes_.data() + lanes, weights_.data() + lanes, lanes_, max_code, importance,
                             errors, codes_.data() + lanes, loss_);
-            feed_forward(errors, row + j + 1, stop - j - 1, targets_.data() + lanes + kRows);
+            feed_forward(errors, row + j + 1, stop - j - 1, pushes_.data() + lanes + kRows);
         }
     }
 
@@ -188,30 +188,19 @@ private:
     }
 
     Problem p_;
-    std::int64_t row_ = 0;              // first row of the block
-    std::int64_t rows_ = 0;             // rows of the block that exist
-    std::vector<float> errors_;         // [C][64], (W − Q)ᵀ
-    std::vector<float> weights_;        // [128][64], of the block of columns
-    std::vector<float> targets_;        // [128][64]
-    std::vector<float> pushes_;         // [group][64]
+    std::int64_t row_ = 0;        // first row of the block
+    std::int64_t rows_ = 0;       // rows of the block that exist
+    std::vector<float> errors_;   // [C][64], (W − Q)ᵀ
+    std::vector<float> weights_;  // [128][64], of the block of columns
+    // [128][64]: what errors so far add to the block's targets; beside the weights, since it is as small as
+    // the errors and would lose its last bits to each sum with them.
+    std::vector<float> pushes_;
+    std::vector<float> continued_;      // [group][64]
     std::vector<float> group_weights_;  // [group][64], of a group wider than its block
     std::vector<std::uint8_t> codes_;   // [128][64]
     Lanes lanes_{};
     double loss_[kRows] = {};
 };
-
-bool operands_fit(const ConstTensorView& weights, const ConstTensorView& factor, const QuantizationGrid& grid,
-                  const QuantizedViews& out, const TensorView& loss) {
-    if (weights.shape().rank() != 2 || grid.group_size < 1 || grid.bits < 2 || grid.bits > 8) {
-        return false;
-    }
-    const std::int64_t rows = weights.extent(0);
-    const std::int64_t columns = weights.extent(1);
-    const std::int64_t groups = grid.groups(columns);
-    return weights.dtype() == DType::f32 && is(factor, DType::f32, {columns, columns}) &&
-           is(out.codes, DType::u8, {rows, columns}) && is(out.scales, DType::f16, {rows, groups}) &&
-           is(out.zeros, DType::u8, {rows, groups}) && is(loss, DType::f32, {rows});
-}
 
 }  // namespace
 
@@ -221,8 +210,7 @@ std::size_t CpuBackend::solve_workspace(std::int64_t, std::int64_t columns, cons
 
 void CpuBackend::gptq_solve(ConstTensorView weights, ConstTensorView factor, const QuantizationGrid& grid,
                             QuantizedViews out, TensorView loss) {
-    require_operands(operands_fit(weights, factor, grid, out, loss), "gptq_solve",
-                     {weights, factor, out.codes, out.scales, out.zeros, loss});
+    require_solve_operands(weights, factor, grid, out, loss);
     const Problem problem{weights.data<float>(),
                           factor.data<float>(),
                           weights.extent(0),

@@ -17,19 +17,6 @@ std::int64_t triangle_tile(std::int64_t order) {
     return even_tile(order, std::clamp<std::int64_t>(order / 4, 288, 512));
 }
 
-// The square matrix's order; throws unless h is f32 [C, C].
-std::int64_t square_order(const ConstTensorView& h, std::string_view operation) {
-    const bool square = h.shape().rank() == 2 && h.extent(0) == h.extent(1);
-    require_operands(square && h.dtype() == DType::f32, operation, {h});
-    return h.extent(0);
-}
-
-void require_length(std::size_t length, std::int64_t order, std::string_view operation) {
-    if (static_cast<std::int64_t>(length) != order) {
-        throw InternalError("{}: {} values for a matrix of order {}", operation, length, order);
-    }
-}
-
 // 2^e for each exponent: multiplying by it is exact and much cheaper than ldexp.
 std::vector<double> powers_of_two(std::span<const std::int32_t> exponents, int sign) {
     std::vector<double> powers;

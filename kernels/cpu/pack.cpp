@@ -7,17 +7,8 @@
 namespace quantmill {
 namespace {
 
-constexpr std::int64_t kRun = 32;       // codes of one row that fill `bits` whole words
+constexpr std::int64_t kRun = kPackedRun;
 constexpr std::int64_t kRowBlock = 64;  // rows a thread takes at a time: their words share cache lines
-
-// Whether codes are u8 [R, C], C a multiple of 32, and words their packed form.
-void require_packing(const ConstTensorView& codes, int bits, const ConstTensorView& words,
-                     std::string_view operation) {
-    const bool fit = bits >= 1 && bits <= 8 && codes.dtype() == DType::u8 && codes.shape().rank() == 2 &&
-                     codes.extent(1) % kRun == 0 &&
-                     is(words, DType::i32, {codes.extent(1) / kRun * bits, codes.extent(0)});
-    require_operands(fit, operation, {codes, words});
-}
 
 // 32 codes -> `bits` words; the words of a row lie `stride` apart.
 void pack_run(const std::uint8_t* codes, int bits, std::int32_t* words, std::int64_t stride) {

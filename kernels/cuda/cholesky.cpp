@@ -1,5 +1,6 @@
 #include <algorithm>
 #include <cstdint>
+#include <utility>
 
 #include "kernels/cuda/cuda_backend.h"
 #include "kernels/cuda/launch.h"
@@ -22,7 +23,8 @@ constexpr std::int64_t kParts = 3;  // of a bf16 product that stands for one of 
 // Blocks of 128 rows are factored and applied in fp32. What they take from later blocks, nearly all of
 // the work, runs on tensor cores: every element is split into two bf16 parts, a = high + low, and
 // a·b ≈ high·high + high·low + low·high is one product with three times the depth and fp32 sums. What
-// is left out is below 2⁻¹⁶ of a product (bench/RESULTS.md has the accuracy).
+// is left out is below 2⁻¹⁶ of a product (bench/RESULTS.md has the accuracy). Up to kExactColumns they are
+// products in fp32 of the rows as they lie in H.
 class ReverseCholesky {
 public:
     ReverseCholesky(cuda::Gemm& gemm, cudaStream_t stream, float* h, std::int64_t order, void* left,
@@ -42,6 +44,7 @@ public:
     void run() {
         for (std::int64_t begin = (order_ - 1) / kPanel * kPanel; begin >= 0; begin -= kPanel) {
             const std::int64_t end = std::min(begin + kPanel, order_);
+            panel_ = {begin, end};
             const std::int64_t blocks = (end - begin + kCholeskyBlock - 1) / kCholeskyBlock;
             for (std::int64_t block = blocks - 1; block >= 0; --block) {
                 const std::int64_t row = begin + block * kCholeskyBlock;
@@ -63,6 +66,20 @@ private:
     void subtract(std::int64_t row, std::int64_t row_end, std::int64_t column, std::int64_t column_end,
                   std::int64_t first, std::int64_t last) {
         if (first == last) return;
+        if (left_ == nullptr) {
+            const std::int64_t k = panel_.first + first * kCholeskyBlock;
+            const std::int64_t k_end = std::min(panel_.first + last * kCholeskyBlock, panel_.second);
+            return gemm_.run({.rows = row_end - row,
+                              .columns = column_end - column,
+                              .depth = k_end - k,
+                              .ldx = order_,
+                              .ldy = order_,
+                              .ldd = order_,
+                              .x_by_depth = true,
+                              .alpha = -1.0F,
+                              .beta = 1.0F},
+                             {at(k, row), at(k, column), at(row, column), at(row, column)}, stream_);
+        }
         const std::int64_t offset = first * kParts * kCholeskyBlock;
         gemm_.run(
             {.input = CUDA_R_16BF,
@@ -84,8 +101,10 @@ private:
         const int size = static_cast<int>(stop - row);
         const std::int64_t offset = block * kParts * kCholeskyBlock;
         cuda::cholesky_block(at(row, row), size, order_, inverse_, failed_, stream_);
-        cuda::cholesky_panel(at(row, 0), inverse_, size, row, order_, parts(left_, 0, offset),
-                             parts(right_, 0, offset), kPanelParts, stream_);
+        const bool exact = left_ == nullptr;
+        cuda::cholesky_panel(at(row, 0), inverse_, size, row, order_,
+                             exact ? nullptr : parts(left_, 0, offset),
+                             exact ? nullptr : parts(right_, 0, offset), kPanelParts, stream_);
     }
 
     static std::byte* parts(std::byte* matrix, std::int64_t row, std::int64_t offset) {
@@ -96,7 +115,8 @@ private:
     cudaStream_t stream_;
     float* h_;
     std::int64_t order_;
-    std::byte* left_;   // bf16 [order, blocks of the panel · (high, high, low)]
+    std::pair<std::int64_t, std::int64_t> panel_;  // its rows
+    std::byte* left_;  // bf16 [order, blocks of the panel · (high, high, low)]; nullptr: products are in fp32
     std::byte* right_;  // bf16 [order, blocks of the panel · (high, low, high)]
     float* inverse_;
     int* failed_;
@@ -105,17 +125,20 @@ private:
 }  // namespace
 
 std::size_t CudaBackend::factor_workspace(std::int64_t columns) const {
+    if (columns <= cuda::kExactColumns) return 0;
     return 2 * static_cast<std::size_t>(columns * ReverseCholesky::kPanelParts) * size_of(DType::bf16);
 }
 
 bool CudaBackend::reverse_cholesky(TensorView h) {
-    const bool square = h.shape().rank() == 2 && h.extent(0) == h.extent(1);
-    require_operands(square && h.dtype() == DType::f32, "reverse_cholesky", {h});
-    const std::int64_t order = h.extent(0);
+    const std::int64_t order = square_order(h, "reverse_cholesky");
     if (order == 0) return true;
     const Shape parts{order, ReverseCholesky::kPanelParts};
-    Tensor left = empty(parts, DType::bf16, "the left parts of a Cholesky panel");
-    Tensor right = empty(parts, DType::bf16, "the right parts of a Cholesky panel");
+    Tensor left;
+    Tensor right;
+    if (order > cuda::kExactColumns) {
+        left = empty(parts, DType::bf16, "the left parts of a Cholesky panel");
+        right = empty(parts, DType::bf16, "the right parts of a Cholesky panel");
+    }
     Tensor inverse = empty({kCholeskyBlock, kCholeskyBlock}, DType::f32, "a Cholesky block's inverse");
     Tensor failed = empty({1}, DType::i32, "a Cholesky failure flag");
     zero(failed);

@@ -156,6 +156,7 @@ __global__ void __launch_bounds__(kPanelThreads)
                 low.value[i] = from_float<bf16>(value - to_float(high.value[i]));
                 if (row < n) rows[row * ld + column] = value;
             }
+            if (left == nullptr) continue;
             const std::int64_t place = column * ld_parts + half * 64 + ty * 4;
             const auto store = [&](bf16* parts, int part, const FourParts& four) {
                 *reinterpret_cast<FourParts*>(parts + place + part * kBlock) = four;

@@ -13,19 +13,6 @@ using cuda::kSolveBlock;
 constexpr std::int64_t kPanel = 1024;
 constexpr std::int64_t kStrip = 16;  // columns that a kernel's inner loop quantizes (gptq_solve.cu)
 
-bool operands_fit(const ConstTensorView& weights, const ConstTensorView& factor, const QuantizationGrid& grid,
-                  const QuantizedViews& out, const TensorView& loss) {
-    if (weights.shape().rank() != 2 || grid.group_size < 1 || grid.bits < 2 || grid.bits > 8) {
-        return false;
-    }
-    const std::int64_t rows = weights.extent(0);
-    const std::int64_t columns = weights.extent(1);
-    const std::int64_t groups = grid.groups(columns);
-    return weights.dtype() == DType::f32 && is(factor, DType::f32, {columns, columns}) &&
-           is(out.codes, DType::u8, {rows, columns}) && is(out.scales, DType::f16, {rows, groups}) &&
-           is(out.zeros, DType::u8, {rows, groups}) && is(loss, DType::f32, {rows});
-}
-
 // How columns are cut: panels, the long products, hold blocks, one kernel each, and neither splits a
 // group unless the group is wider; one group for all columns needs no care, its range is known at once.
 struct Cut {
@@ -55,7 +42,7 @@ std::int64_t padded(std::int64_t columns) { return (columns + 31) / 32 * 32; }
 // one product, then each of its blocks what the panel's earlier blocks push. The products run on tensor
 // cores with bf16 operands in two parts, a·b ≈ high·high + high·low + low·high, which keeps codes next to
 // those of fp32 sums (bench/RESULTS.md); a block's three parts lie together, so a range of blocks is one
-// product with three times the depth.
+// product with three times the depth. Up to kExactColumns they are products in fp32 of errors and factor.
 class Solver {
 public:
     Solver(CudaBackend& backend, cuda::Gemm& gemm, const cuda::SolveRows& rows)
@@ -66,11 +53,15 @@ public:
           slots_(cut_.slots),
           ld_pushes_(padded(std::min(cut_.panel, rows.columns))),
           ld_parts_((slots_.of(rows.columns - 1) + 1) * cuda::kSolveSlot),
-          errors_(backend.empty({rows.rows, ld_parts_}, DType::bf16, "a solve's errors")),
-          pushes_(backend.empty({rows.rows, ld_pushes_}, DType::f32, "a solve's pushes")),
-          factor_(backend.empty({ld_pushes_, ld_parts_}, DType::bf16, "a panel of the factor")) {
+          pushes_(backend.empty({rows.rows, ld_pushes_}, DType::f32, "a solve's pushes")) {
+        rows_.exact = rows.columns <= cuda::kExactColumns;
+        rows_.ld_errors = rows_.exact ? rows.columns : ld_parts_;
+        errors_ = backend.empty({rows.rows, rows_.ld_errors}, rows_.exact ? DType::f32 : DType::bf16,
+                                "a solve's errors");
+        if (!rows_.exact) {
+            factor_ = backend.empty({ld_pushes_, ld_parts_}, DType::bf16, "a panel of the factor");
+        }
         rows_.errors = errors_.view().bytes();
-        rows_.ld_errors = ld_parts_;
         rows_.slots = slots_;
         if (!cut_.one_group && !cut_.wide_groups) return;
         ranges_ = backend.empty({rows.rows, 2}, DType::f32, "ranges of a group");
@@ -85,16 +76,21 @@ public:
         const std::int64_t parts = (slots.of(columns - 1) + 1) * cuda::kSolveSlot;
         const std::int64_t panel = padded(std::min(cut.panel, columns));
         const std::int64_t pushes = cut.wide_groups ? 2 * panel : panel;
-        return static_cast<std::size_t>((rows + panel) * parts) * size_of(DType::bf16) +
-               static_cast<std::size_t>(rows * (pushes + 2)) * size_of(DType::f32);
+        const std::size_t errors =
+            columns <= cuda::kExactColumns
+                ? static_cast<std::size_t>(rows * columns) * size_of(DType::f32)
+                : static_cast<std::size_t>((rows + panel) * parts) * size_of(DType::bf16);
+        return errors + static_cast<std::size_t>(rows * (pushes + 2)) * size_of(DType::f32);
     }
 
     void run(CudaBackend& backend) {
         backend.zero(pushes_);
         for (panel_ = 0; panel_ < rows_.columns; panel_ += cut_.panel) {
             panel_end_ = std::min(panel_ + cut_.panel, rows_.columns);
-            cuda::factor_slots(rows_.factor, rows_.columns, slots_, slots_.of(panel_end_ - 1) + 1, panel_,
-                               panel_end_, factor_.view().bytes(), ld_parts_, stream_);
+            if (!rows_.exact) {
+                cuda::factor_slots(rows_.factor, rows_.columns, slots_, slots_.of(panel_end_ - 1) + 1, panel_,
+                                   panel_end_, factor_.view().bytes(), ld_parts_, stream_);
+            }
             if (panel_ > 0) push(0, panel_, panel_, panel_end_, nullptr, floats(pushes_));
             if (cut_.wide_groups) {
                 solve_wide_groups();
@@ -117,6 +113,21 @@ private:
               float* out) {
         if (first == last) return;
         const std::int64_t offset = begin - panel_;
+        const float beta = base == nullptr ? 0.0F : 1.0F;
+        const float* c = (base == nullptr ? out : base) + offset;
+        if (rows_.exact) {
+            return gemm_.run(
+                {.rows = rows_.rows,
+                 .columns = end - begin,
+                 .depth = last - first,
+                 .ldx = rows_.columns,
+                 .ldy = rows_.columns,
+                 .ldd = ld_pushes_,
+                 .beta = beta,
+                 .rows_vary = true},
+                {floats(errors_) + first, rows_.factor + first * rows_.columns + begin, c, out + offset},
+                stream_);
+        }
         const std::int64_t slot = slots_.of(first) * cuda::kSolveSlot;
         gemm_.run({.input = CUDA_R_16BF,
                    .rows = rows_.rows,
@@ -126,18 +137,19 @@ private:
                    .ldy = ld_parts_,
                    .ldd = ld_pushes_,
                    .y_by_columns = true,
-                   .beta = base == nullptr ? 0.0F : 1.0F,
+                   .beta = beta,
                    .rows_vary = true},
-                  {parts(errors_, slot), parts(factor_, offset * ld_parts_ + slot),
-                   (base == nullptr ? out : base) + offset, out + offset},
+                  {parts(errors_, slot), parts(factor_, offset * ld_parts_ + slot), c, out + offset},
                   stream_);
     }
 
     cuda::SolveBlock block_at(std::int64_t begin, std::int64_t end, const float* pushes, bool grid_known) {
+        const std::int64_t slot = slots_.of(begin);
+        const std::int64_t element = (begin - panel_) * ld_parts_ + slot * cuda::kSolveSlot;
         return {.first = begin,
-                .slot = slots_.of(begin),
+                .slot = slot,
                 .width = static_cast<int>(end - begin),
-                .factor = parts(factor_, (begin - panel_) * ld_parts_ + slots_.of(begin) * cuda::kSolveSlot),
+                .factor = rows_.exact ? nullptr : parts(factor_, element),
                 .ld_factor = ld_parts_,
                 .pushes = pushes + (begin - panel_),
                 .ld_pushes = ld_pushes_,
@@ -190,9 +202,9 @@ private:
     Cut cut_;
     cuda::SolveSlots slots_;
     std::int64_t ld_pushes_, ld_parts_;
-    Tensor errors_;     // bf16 [R, slots]
     Tensor pushes_;     // [R, panel]
-    Tensor factor_;     // bf16 [panel, slots]: the panel's columns of C, transposed
+    Tensor errors_;     // bf16 [R, slots]; exact: f32 [R, C]
+    Tensor factor_;     // bf16 [panel, slots]: the panel's columns of C, transposed; exact: none
     Tensor ranges_;     // [R, 2]
     Tensor continued_;  // [R, panel]
     std::int64_t panel_ = 0, panel_end_ = 0;
@@ -207,8 +219,7 @@ std::size_t CudaBackend::solve_workspace(std::int64_t rows, std::int64_t columns
 
 void CudaBackend::gptq_solve(ConstTensorView weights, ConstTensorView factor, const QuantizationGrid& grid,
                              QuantizedViews out, TensorView loss) {
-    require_operands(operands_fit(weights, factor, grid, out, loss), "gptq_solve",
-                     {weights, factor, out.codes, out.scales, out.zeros, loss});
+    require_solve_operands(weights, factor, grid, out, loss);
     if (weights.shape().count() == 0) return zero(loss);
     const cuda::SolveRows rows{.weights = reinterpret_cast<const float*>(weights.bytes()),
                                .factor = reinterpret_cast<const float*>(factor.bytes()),
@@ -221,6 +232,7 @@ void CudaBackend::gptq_solve(ConstTensorView weights, ConstTensorView factor, co
                                .columns = weights.extent(1),
                                .groups = grid.groups(weights.extent(1)),
                                .ld_errors = 0,
+                               .exact = false,
                                .grid = {grid.bits, grid.group_size, grid.sym},
                                .slots = {}};
     Solver(*this, *gemm_, rows).run(*this);

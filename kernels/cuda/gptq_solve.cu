@@ -10,7 +10,8 @@
 
 // One block of a solve, at most 128 columns, each at a place of 0 … 127 (SolveSlots). A warp owns 32
 // rows and walks the block in strips of 16 places: what the errors of earlier strips push onto a strip
-// comes from tensor cores (bf16 in two parts), inside the strip a thread walks its row in fp32.
+// comes from tensor cores (bf16 in two parts) or, where kExact, from fp32 sums of each thread; inside the
+// strip a thread walks its row in fp32.
 namespace quantmill::cuda {
 namespace {
 
@@ -26,8 +27,8 @@ constexpr float kHalfSmallestNormal = 6.103515625e-05F;
 // Rows of 128 floats, 16 bytes apart in banks: a warp reads 16 bytes a lane without conflicts, from
 // one row or from 32. A strip of a row, 64 bytes, holds 16 floats or 16 errors as bf16: high, then low.
 constexpr int kRowFloats = kPlaces + 4;
-// C_ij of strip s of columns and all earlier strips of rows, transposed: [16][16·s], rows padded by 16
-// bytes; one array of high parts, one of low parts.
+// C_ij of strip s of columns and all earlier strips of rows, transposed: [16][16·s], rows padded by eight
+// elements; one array of high parts, one of low parts, or one of floats.
 __host__ __device__ constexpr int factor_offset(int strip) { return 128 * (strip * strip - 1); }
 __host__ __device__ constexpr int factor_stride(int strip) { return kStrip * strip + 8; }
 constexpr int kFactorElements = factor_offset(kStrips);
@@ -41,8 +42,12 @@ struct Shared {
     float stage[kRows][kStageFloats];
     float triangle[kStrips][kStrip][kStrip];  // C_ij inside a strip
     float diagonal[kPlaces];                  // R_jj
-    bf16 factor_high[kFactorElements];
-    bf16 factor_low[kFactorElements];
+    union {
+        struct {
+            bf16 high[kFactorElements], low[kFactorElements];
+        } factor;
+        float exact_factor[kFactorElements];
+    };
 };
 
 // --- The grid, by the same rules as kernels/grid.h. ---
@@ -124,7 +129,25 @@ __device__ void load_parts(float (&values)[kStrip], const float* strip) {
     }
 }
 
-template <int kRows>
+// A strip's errors.
+template <bool kExact>
+__device__ void store_errors(float* strip, const float (&values)[kStrip]) {
+    if constexpr (kExact) {
+        store_floats(strip, values);
+    } else {
+        store_parts(strip, values);
+    }
+}
+template <bool kExact>
+__device__ void load_errors(float (&values)[kStrip], const float* strip) {
+    if constexpr (kExact) {
+        load_floats(values, strip);
+    } else {
+        load_parts(values, strip);
+    }
+}
+
+template <int kRows, bool kExact>
 struct Walker {
     Shared<kRows>& shared;
     int row;  // of the tile, the thread's own
@@ -132,6 +155,31 @@ struct Walker {
 
     // Σ errors · C over strips [first, strip) for the thread's row and the 16 places of a strip.
     __device__ void products(float (&out)[kStrip], int first, int strip) const {
+        if constexpr (kExact) {
+            exact_products(out, first, strip);
+        } else {
+            tensor_products(out, first, strip);
+        }
+    }
+
+    __device__ void exact_products(float (&out)[kStrip], int first, int strip) const {
+#pragma unroll
+        for (int j = 0; j < kStrip; ++j) out[j] = 0.0F;
+        const float* factor = shared.exact_factor + factor_offset(strip);
+        for (int k = first; k < strip; ++k) {
+            float errors[kStrip];
+            load_floats(errors, pushes(k));
+#pragma unroll
+            for (int j = 0; j < kStrip; ++j) {
+                float column[kStrip];
+                load_floats(column, factor + j * factor_stride(strip) + k * kStrip);
+#pragma unroll
+                for (int i = 0; i < kStrip; ++i) out[j] += errors[i] * column[i];
+            }
+        }
+    }
+
+    __device__ void tensor_products(float (&out)[kStrip], int first, int strip) const {
         float sum[2][2][4] = {};
         __syncwarp();  // the rows' errors are written, and the stage is read
         const int stride = factor_stride(strip);
@@ -139,8 +187,8 @@ struct Walker {
         for (int k = first; k < strip; ++k) {
             std::uint32_t high[4];
             std::uint32_t low[4];
-            load_matrices(high, shared.factor_high + factor_row + k * kStrip);
-            load_matrices(low, shared.factor_low + factor_row + k * kStrip);
+            load_matrices(high, shared.factor.high + factor_row + k * kStrip);
+            load_matrices(low, shared.factor.low + factor_row + k * kStrip);
 #pragma unroll
             for (int m = 0; m < 2; ++m) {
                 // Four floats are eight places.
@@ -198,7 +246,7 @@ struct Walker {
             for (int later = i + 1; later < kStrip; ++later) push[later] -= z * factors[later];
             push[i] = -z;
         }
-        store_parts(pushes(strip), push);
+        store_errors<kExact>(pushes(strip), push);
     }
 
     // Quantizes a strip. `continued`: the strip holds −z, what earlier groups and blocks push is in w + z,
@@ -214,7 +262,7 @@ struct Walker {
         {
             float before[kStrip];
             if (continued) {
-                load_parts(before, pushes(strip));
+                load_errors<kExact>(before, pushes(strip));
             } else {
                 load_floats(before, pushes(strip));
             }
@@ -244,14 +292,14 @@ struct Walker {
             for (int later = i + 1; later < kStrip; ++later) push[later] += push[i] * factors[later];
         }
         if (continued) store_floats(weights(strip), error);
-        store_parts(pushes(strip), push);
+        store_errors<kExact>(pushes(strip), push);
     }
 
     // After a continued group its strips hold S − q; later groups want w − q.
     __device__ void settle_strip(int strip) const {
         float error[kStrip];
         load_floats(error, weights(strip));
-        store_parts(pushes(strip), error);
+        store_errors<kExact>(pushes(strip), error);
     }
 };
 
@@ -280,8 +328,9 @@ __device__ void load_rows(float (&tile)[kRows][kRowFloats], const float* source,
     }
 }
 
+// C_ij of columns i of earlier strips and j of the block.
 template <int kRows>
-__device__ void load_factor(Shared<kRows>& shared, const SolveRows& rows, const SolveBlock& block) {
+__device__ void load_factor_parts(Shared<kRows>& shared, const SolveRows& rows, const SolveBlock& block) {
     const auto* parts = static_cast<const bf16*>(block.factor);
     for (int j = kStrip + threadIdx.x / 16; j < kPlaces; j += kRows / 16) {
         const int strip = j / kStrip;
@@ -291,9 +340,30 @@ __device__ void load_factor(Shared<kRows>& shared, const SolveRows& rows, const 
         const int target = factor_offset(strip) + j % kStrip * factor_stride(strip);
         const int k = threadIdx.x % 16 * 8;
         if (k >= strip * kStrip) continue;
-        copy_async_16(shared.factor_high + target + k, source + k, valid);
-        copy_async_16(shared.factor_low + target + k, source + kPlaces + k, valid);
+        copy_async_16(shared.factor.high + target + k, source + k, valid);
+        copy_async_16(shared.factor.low + target + k, source + kPlaces + k, valid);
     }
+}
+template <int kRows>
+__device__ void load_exact_factor(Shared<kRows>& shared, const SolveRows& rows, const SolveBlock& block) {
+    for (int e = threadIdx.x; e < kPlaces * kPlaces; e += kRows) {
+        const int i = e / kPlaces;
+        const int j = e % kPlaces;
+        const int strip = j / kStrip;
+        if (i >= strip * kStrip) continue;
+        const int row = rows.slots.column(i);
+        const int column = rows.slots.column(j);
+        const bool valid = row >= 0 && column >= 0 && column < block.width;
+        const float* source =
+            valid ? rows.factor + (block.first + row) * rows.columns + block.first + column : rows.factor;
+        copy_async_4(shared.exact_factor + factor_offset(strip) + j % kStrip * factor_stride(strip) + i,
+                     source, valid);
+    }
+}
+
+// C_ij inside strips, and R_jj.
+template <int kRows>
+__device__ void load_triangles(Shared<kRows>& shared, const SolveRows& rows, const SolveBlock& block) {
     for (int i = threadIdx.x / kStrip; i < kPlaces; i += kRows / kStrip) {
         const int j = i / kStrip * kStrip + threadIdx.x % kStrip;
         const int row = rows.slots.column(i);
@@ -306,8 +376,8 @@ __device__ void load_factor(Shared<kRows>& shared, const SolveRows& rows, const 
     }
 }
 
-template <int kRows>
-__device__ Walker<kRows> make_walker(const SolveRows& rows, const SolveBlock& block, bool vectors) {
+template <int kRows, bool kExact>
+__device__ Walker<kRows, kExact> make_walker(const SolveRows& rows, const SolveBlock& block, bool vectors) {
     extern __shared__ __align__(16) unsigned char memory[];
     auto& shared = *reinterpret_cast<Shared<kRows>*>(memory);
     const std::int64_t first_row = static_cast<std::int64_t>(blockIdx.x) * kRows;
@@ -315,16 +385,38 @@ __device__ Walker<kRows> make_walker(const SolveRows& rows, const SolveBlock& bl
               first_row, rows.rows);
     load_rows(shared.pushes, block.pushes, block.ld_pushes, rows.slots, block.width, vectors, first_row,
               rows.rows);
-    load_factor(shared, rows, block);
+    if constexpr (kExact) {
+        load_exact_factor(shared, rows, block);
+    } else {
+        load_factor_parts(shared, rows, block);
+    }
+    load_triangles(shared, rows, block);
     wait_for_copies();
     __syncthreads();
     return {shared, static_cast<int>(threadIdx.x), static_cast<int>(threadIdx.x % 32)};
 }
 
+// The warp's errors into their columns.
+template <int kRows>
+__device__ void write_exact_errors(const Shared<kRows>& shared, const SolveRows& rows,
+                                   const SolveBlock& block) {
+    __syncwarp();
+    const int lane = threadIdx.x % 32;
+    const int warp = threadIdx.x - lane;
+    const std::int64_t first_row = static_cast<std::int64_t>(blockIdx.x) * kRows;
+    for (int r = warp; r < warp + 32 && first_row + r < rows.rows; ++r) {
+        float* errors = static_cast<float*>(rows.errors) + (first_row + r) * rows.ld_errors + block.first;
+        for (int place = lane; place < kPlaces; place += 32) {
+            const int column = rows.slots.column(place);
+            if (column >= 0 && column < block.width) errors[column] = shared.pushes[r][place];
+        }
+    }
+}
+
 // The warp's errors into their slot: 128 times high, high, low part; half a warp a row.
 template <int kRows>
-__device__ void store_errors(const Shared<kRows>& shared, const SolveRows& rows, const SolveBlock& block,
-                             int strips) {
+__device__ void write_error_parts(const Shared<kRows>& shared, const SolveRows& rows, const SolveBlock& block,
+                                  int strips) {
     __syncwarp();
     const int lane = threadIdx.x % 32;
     const int chunk = lane % 16;  // eight places
@@ -361,9 +453,9 @@ __device__ void store_codes(std::uint8_t* destination, const std::uint8_t (&code
 
 // --- The kernels. ---
 
-template <int kRows>
+template <int kRows, bool kExact>
 __global__ void __launch_bounds__(kRows) solve_block_kernel(SolveRows rows, SolveBlock block, bool vectors) {
-    const auto walker = make_walker<kRows>(rows, block, vectors);
+    const auto walker = make_walker<kRows, kExact>(rows, block, vectors);
     const std::int64_t row = static_cast<std::int64_t>(blockIdx.x) * kRows + threadIdx.x;
     const bool mine = row < rows.rows;
     const auto max_code = static_cast<float>((1 << rows.grid.bits) - 1);
@@ -404,14 +496,18 @@ __global__ void __launch_bounds__(kRows) solve_block_kernel(SolveRows rows, Solv
         strips += rows.slots.padded / kStrip;
     }
     if (mine) rows.loss[row] = block.first == 0 ? loss : rows.loss[row] + loss;
-    store_errors(walker.shared, rows, block, strips);
+    if constexpr (kExact) {
+        write_exact_errors(walker.shared, rows, block);
+    } else {
+        write_error_parts(walker.shared, rows, block, strips);
+    }
 }
 
 // One block of a group that is wider than a block: widens ranges, leaves −z in the errors.
-template <int kRows>
+template <int kRows, bool kExact>
 __global__ void __launch_bounds__(kRows)
     continue_block_kernel(SolveRows rows, SolveBlock block, bool vectors, float2* ranges) {
-    const auto walker = make_walker<kRows>(rows, block, vectors);
+    const auto walker = make_walker<kRows, kExact>(rows, block, vectors);
     const std::int64_t row = static_cast<std::int64_t>(blockIdx.x) * kRows + threadIdx.x;
     float2 range = make_float2(0.0F, 0.0F);
     const bool starts = block.first % rows.grid.group_size == 0;
@@ -421,7 +517,11 @@ __global__ void __launch_bounds__(kRows)
         walker.continue_strip(s, min(kStrip, block.width - s * kStrip), range.x, range.y);
     }
     if (row < rows.rows) ranges[row] = range;
-    store_errors(walker.shared, rows, block, strips);
+    if constexpr (kExact) {
+        write_exact_errors(walker.shared, rows, block);
+    } else {
+        write_error_parts(walker.shared, rows, block, strips);
+    }
 }
 
 // A warp a row: the range of the original weights of columns [first, last) and zero.
@@ -524,14 +624,17 @@ void factor_slots(const float* factor, std::int64_t columns, const SolveSlots& s
 
 void solve_block(const SolveRows& rows, const SolveBlock& block, cudaStream_t stream) {
     if (shared_memory_holds(sizeof(Shared<64>))) {
-        launch(solve_block_kernel<64>, "solve_block_kernel", 64, sizeof(Shared<64>), rows, block, stream);
+        const auto kernel = rows.exact ? solve_block_kernel<64, true> : solve_block_kernel<64, false>;
+        launch(kernel, "solve_block_kernel", 64, sizeof(Shared<64>), rows, block, stream);
     } else {
-        launch(solve_block_kernel<32>, "solve_block_kernel", 32, sizeof(Shared<32>), rows, block, stream);
+        const auto kernel = rows.exact ? solve_block_kernel<32, true> : solve_block_kernel<32, false>;
+        launch(kernel, "solve_block_kernel", 32, sizeof(Shared<32>), rows, block, stream);
     }
 }
 
 void continue_block(const SolveRows& rows, const SolveBlock& block, void* ranges, cudaStream_t stream) {
-    launch(continue_block_kernel<32>, "continue_block_kernel", 32, sizeof(Shared<32>), rows, block, stream,
+    const auto kernel = rows.exact ? continue_block_kernel<32, true> : continue_block_kernel<32, false>;
+    launch(kernel, "continue_block_kernel", 32, sizeof(Shared<32>), rows, block, stream,
            static_cast<float2*>(ranges));
 }
 

@@ -16,18 +16,6 @@ constexpr std::int64_t kPieceRows = 14336;
 // The diagonal's squares are halved down to this order: what is above the diagonal is computed in vain.
 constexpr std::int64_t kSmallestSquare = 512;
 
-std::int64_t square_order(const ConstTensorView& h, std::string_view operation) {
-    const bool square = h.shape().rank() == 2 && h.extent(0) == h.extent(1);
-    require_operands(square && h.dtype() == DType::f32, operation, {h});
-    return h.extent(0);
-}
-
-void require_length(std::size_t length, std::int64_t order, std::string_view operation) {
-    if (static_cast<std::int64_t>(length) != order) {
-        throw InternalError("{}: {} values for a matrix of order {}", operation, length, order);
-    }
-}
-
 const float* floats(const ConstTensorView& view) { return reinterpret_cast<const float*>(view.bytes()); }
 float* floats(const TensorView& view) { return reinterpret_cast<float*>(view.bytes()); }
 // Column `column` of a bf16 matrix's first row.

@@ -55,6 +55,10 @@ void from_fixed_point(const std::int64_t* sum, const std::int32_t* exponents, do
 void permute_symmetric(const float* source, const std::int32_t* order, std::int64_t n, float* h,
                        cudaStream_t stream);
 
+// Up to this width factors and solves multiply in fp32, which costs nothing there and keeps their codes those
+// of the CPU; wider ones take tensor cores with bf16 operands in two parts (bench/RESULTS.md).
+inline constexpr std::int64_t kExactColumns = 2048;
+
 // --- cholesky.cu ---
 // H = R·Rᵀ of one diagonal block of at most kCholeskyBlock columns, in place as Rᵀ in the lower
 // triangle of block [n, n] (leading dimension ld); inverse [kCholeskyBlock, kCholeskyBlock] gets
@@ -64,6 +68,7 @@ void cholesky_block(float* block, int n, std::int64_t ld, float* inverse, int* f
 // rows [n, columns] = inverseᵀ · rows, and each element in two bf16 parts, high + low, that carry 16 of
 // its bits: left[column, ld_parts] gets 128 times high, high, low part and right high, low, high, so
 // that left · rightᵀ is the product of the rows but for low · low. n <= kCholeskyBlock, the rest is zero.
+// Without left and right there are no parts.
 void cholesky_panel(float* rows, const float* inverse, int n, std::int64_t columns, std::int64_t ld,
                     void* left, void* right, std::int64_t ld_parts, cudaStream_t stream);
 // h[i, j] = h[j, i] / h[j, j] for i < j.
@@ -97,12 +102,13 @@ struct SolveSlots {
 struct SolveRows {
     const float* weights;  // [R, C]
     const float* factor;   // [C, C]: C_ij above the diagonal, R_jj on it
-    void* errors;          // bf16 [R, ld_errors]: slots of W − Q, each 128 times high, high, low part
-    std::uint8_t* codes;   // [R, C]
-    void* scales;          // f16 [R, G]
-    std::uint8_t* zeros;   // [R, G]
-    float* loss;           // [R]
+    void* errors;  // W − Q: bf16 [R, ld_errors], slots of 128 times high, high, low part; exact: f32 [R, C]
+    std::uint8_t* codes;  // [R, C]
+    void* scales;         // f16 [R, G]
+    std::uint8_t* zeros;  // [R, G]
+    float* loss;          // [R]
     std::int64_t rows, columns, groups, ld_errors;
+    bool exact;  // fp32 products
     SolveGrid grid;
     SolveSlots slots;
 };
@@ -110,7 +116,7 @@ struct SolveBlock {
     std::int64_t first;  // column
     std::int64_t slot;
     int width;           // columns
-    const void* factor;  // bf16: its columns' rows of factor_slots, at its slot
+    const void* factor;  // bf16: its columns' rows of factor_slots, at its slot; not used where exact
     std::int64_t ld_factor;
     const float* pushes;  // [R, ld_pushes]: what the errors of all columns before it add to its targets
     std::int64_t ld_pushes;

@@ -3,19 +3,6 @@
 #include "kernels/shape_check.h"
 
 namespace quantmill {
-namespace {
-
-constexpr std::int64_t kRun = 32;  // codes of one row that fill `bits` whole words
-
-void require_packing(const ConstTensorView& codes, int bits, const ConstTensorView& words,
-                     std::string_view operation) {
-    const bool fit = bits >= 1 && bits <= 8 && codes.dtype() == DType::u8 && codes.shape().rank() == 2 &&
-                     codes.extent(1) % kRun == 0 &&
-                     is(words, DType::i32, {codes.extent(1) / kRun * bits, codes.extent(0)});
-    require_operands(fit, operation, {codes, words});
-}
-
-}  // namespace
 
 void CudaBackend::pack(ConstTensorView codes, int bits, TensorView packed) {
     require_packing(codes, bits, packed, "pack");

@@ -28,7 +28,7 @@ protected:
 };
 
 TEST_F(Cholesky, factor_times_its_transpose_is_the_matrix) {
-    for (const std::int64_t n : {1, 2, 31, 127, 128, 129, 300, 1000, 1024, 1025, 1300, 2200}) {
+    for (const std::int64_t n : {1, 2, 31, 127, 128, 129, 300, 1000, 1024, 1025, 1300, 2048, 2049, 2200}) {
         SCOPED_TRACE(n);
         const std::vector<float> h = hessian(n);
         Tensor device = put(cuda(), h, {n, n});
@@ -42,10 +42,11 @@ TEST_F(Cholesky, factor_times_its_transpose_is_the_matrix) {
             }
         }
         // |E_ij| <= unit · Σ_k |R_ik R_jk| <= unit · sqrt(H_ii H_jj): fp32 inside blocks of 128, and
-        // between them three products of bf16 parts, which leave out 2⁻¹⁶ of a product and are cut
-        // off, 2 units a step, in sums of at most 3072.
-        const double unit = (4.0 * static_cast<double>(std::min<std::int64_t>(n, 128)) + 8.0) * kFp32Unit +
-                            (n > 128 ? 0x1p-16 + 6144 * kFp32Unit : 0.0);
+        // between them sums of n products in fp32 or, beyond 2048, three products of bf16 parts, which leave
+        // out 2⁻¹⁶ of a product and are cut off, 2 units a step, in sums of at most 3072.
+        const double between = n > 2048 ? 0x1p-16 + 6144 * kFp32Unit : static_cast<double>(n) * kFp32Unit;
+        const double unit =
+            (4.0 * static_cast<double>(std::min<std::int64_t>(n, 128)) + 8.0) * kFp32Unit + between;
         std::size_t wrong = 0;
         const std::int64_t stride = n > 600 ? 7 : 1;  // a sample of the rows
         for (std::int64_t i = 0; i < n; i += stride) {
@@ -61,21 +62,22 @@ TEST_F(Cholesky, factor_times_its_transpose_is_the_matrix) {
 }
 
 TEST_F(Cholesky, two_runs_give_the_same_bytes) {
-    const std::int64_t n = 1300;
-    const std::vector<float> h = hessian(n);
-    Tensor a = put(cuda(), h, {n, n});
-    Tensor b = put(cuda(), h, {n, n});
-    ASSERT_TRUE(cuda().reverse_cholesky(a));
-    ASSERT_TRUE(cuda().reverse_cholesky(b));
-    std::vector<float> first = get<float>(a);
-    std::vector<float> second = get<float>(b);
-    for (std::int64_t i = 0; i < n; ++i) {
-        for (std::int64_t j = i; j < n; ++j) ASSERT_EQ(first[i * n + j], second[i * n + j]);
+    for (const std::int64_t n : {1300, 2304}) {
+        const std::vector<float> h = hessian(n);
+        Tensor a = put(cuda(), h, {n, n});
+        Tensor b = put(cuda(), h, {n, n});
+        ASSERT_TRUE(cuda().reverse_cholesky(a));
+        ASSERT_TRUE(cuda().reverse_cholesky(b));
+        std::vector<float> first = get<float>(a);
+        std::vector<float> second = get<float>(b);
+        for (std::int64_t i = 0; i < n; ++i) {
+            for (std::int64_t j = i; j < n; ++j) ASSERT_EQ(first[i * n + j], second[i * n + j]);
+        }
     }
 }
 
 TEST_F(Cholesky, says_when_a_matrix_is_not_positive_definite) {
-    for (const std::int64_t n : {1, 130, 1100}) {
+    for (const std::int64_t n : {1, 130, 1100, 2100}) {
         for (const float bad : {0.0F, -1.0F, std::nanf("")}) {
             for (const std::int64_t place : {std::int64_t{0}, n / 2, n - 1}) {
                 std::vector<float> h(n * n, 0.0F);

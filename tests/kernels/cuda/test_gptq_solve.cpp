@@ -13,10 +13,11 @@ class Solve : public CudaTest {
 protected:
     struct Problem {
         std::int64_t rows, columns;
-        std::vector<float> weights, factor;  // factor: upper triangle defined, the rest NaN
+        std::vector<float> weights, cpu_factor, cuda_factor;  // factors: upper triangles, the rest is NaN
     };
 
-    // Weights that vary by row, and the CPU's fp32 factor of a damped Hessian of correlated columns.
+    // Weights that vary by row, and the factors that both backends find for the same damped fp32 Hessian of
+    // correlated columns.
     Problem make(std::int64_t rows, std::int64_t columns) {
         const std::int64_t tokens = columns + columns / 2 + 5;
         std::vector<float> x = normal(tokens * columns);
@@ -32,18 +33,25 @@ protected:
         for (const float value : diagonal) mean += value / static_cast<double>(columns);
         for (float& value : diagonal) value += static_cast<float>(0.05 * mean);
         cpu().write_diagonal(diagonal, h);
+        Tensor device = put(cuda(), get<float>(h), {columns, columns});
         EXPECT_TRUE(cpu().reverse_cholesky(h));
-        Problem problem{rows, columns, normal(rows * columns, 0.02F), get<float>(h)};
-        for (std::int64_t i = 0; i < columns; ++i) {
-            for (std::int64_t j = 0; j < i; ++j) problem.factor[i * columns + j] = std::nanf("");
+        EXPECT_TRUE(cuda().reverse_cholesky(device));
+        return {rows, columns, normal(rows * columns, 0.02F), upper(h), upper(device)};
+    }
+    static std::vector<float> upper(const Tensor& factor) {
+        std::vector<float> values = get<float>(factor);
+        const std::int64_t n = factor.shape()[0];
+        for (std::int64_t i = 0; i < n; ++i) {
+            for (std::int64_t j = 0; j < i; ++j) values[i * n + j] = std::nanf("");
         }
-        return problem;
+        return values;
     }
 
     static Solution solve(Backend& backend, const Problem& p, const QuantizationGrid& grid,
                           std::int64_t begin, std::int64_t end) {
         const Tensor weights = put(backend, p.weights, {p.rows, p.columns});
-        const Tensor factor = put(backend, p.factor, {p.columns, p.columns});
+        const Tensor factor =
+            put(backend, &backend == &cuda() ? p.cuda_factor : p.cpu_factor, {p.columns, p.columns});
         const std::int64_t rows = end - begin;
         const std::int64_t groups = grid.groups(p.columns);
         Tensor codes = poisoned(backend, {rows, p.columns}, DType::u8);
@@ -69,11 +77,11 @@ protected:
             if (actual.codes[i] != expected.codes[i]) ++different;
             ASSERT_LE(actual.codes[i], grid.max_code());
         }
+        // Wider ones, whose products are not fp32's, are chaotic: only their loss is comparable.
         const double share = static_cast<double>(different) / static_cast<double>(expected.codes.size());
-        // A scale next to a rounding boundary of fp16 may go the other way and take its group along; at 8
-        // bits a group that is wider than a block feels it most (bench/RESULTS.md).
-        const bool sensitive = grid.bits == 8 && grid.group_size > 128;
-        EXPECT_LE(share, sensitive ? 0.002 : 0.001);
+        if (p.columns <= 2048) {
+            EXPECT_LE(share, 0.001);
+        }
         double expected_loss = 0.0;
         double loss = 0.0;
         for (std::int64_t r = 0; r < p.rows; ++r) {
@@ -108,23 +116,43 @@ TEST_F(Solve, agrees_at_unusual_shapes) {
                                                {33, 450, 200},
                                                {20, 1500, 130},
                                                {64, 1300, 64}}) {
-        const Problem p = make(rows, columns);
+        Problem p = make(rows, columns);
+        p.cuda_factor = p.cpu_factor;  // so few codes are more than 0.1% where one tie flips
         expect_agreement(p, {4, group, true});
         expect_agreement(p, {4, group, false});
     }
 }
 
 TEST_F(Solve, agrees_over_several_panels) {
-    const Problem p = make(512, 2048);
+    Problem p = make(512, 2048);
+    p.cuda_factor =
+        p.cpu_factor;  // two fp32 factors of this width differ by more than the solves (RESULTS.md)
     for (const std::int64_t group : {32, 128, 1024, 2048}) {
+        expect_agreement(p, {4, group, true});
+        expect_agreement(p, {3, group, false});
+        expect_agreement(p, {8, group, true});
+        expect_agreement(p, {8, group, false});
+    }
+}
+
+// Where products run on tensor cores in two bf16 parts.
+TEST_F(Solve, agrees_on_the_loss_of_wider_matrices) {
+    for (const auto& [rows, columns, group] : {std::tuple{70, 2100, 130},
+                                               {66, 2053, 7},
+                                               {65, 2333, 48},
+                                               {96, 2304, 128},
+                                               {64, 2304, 1024},
+                                               {64, 2304, 2304}}) {
+        const Problem p = make(rows, columns);
         expect_agreement(p, {4, group, true});
         expect_agreement(p, {3, group, false});
     }
 }
 
 TEST_F(Solve, a_row_gets_the_same_bytes_in_any_company_and_in_every_run) {
-    const Problem p = make(300, 1280);
-    for (const std::int64_t group : {128, 256, 1280}) {
+    const std::vector<Problem> problems{make(300, 1280), make(300, 2304)};
+    for (const auto& [which, group] : {std::pair{0, 128}, {0, 256}, {0, 1280}, {1, 128}, {1, 256}}) {
+        const Problem& p = problems[which];
         const QuantizationGrid grid{4, group, true};
         const Solution all = solve(cuda(), p, grid);
         EXPECT_EQ(solve(cuda(), p, grid), all);
