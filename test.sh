@@ -62,7 +62,8 @@ if ! $quick; then
     echo "Skipped: the MPICH of Ubuntu 24.04 starts lone processes (bug 2072338 of its package)."
   else
     build mpich  # only what sees MPI differs from the CPU build; the rest comes from ccache
-    test_in mpich --label-regex quick --exclude-regex '\.np7$|^e2e_'
+    # All tests that start ranks; the others are the CPU build's own programs.
+    test_in mpich --label-regex quick --tests-regex '^(comm_|workers_|test_workers|e2e_)' --exclude-regex '\.np7$|\.tcp$'
   fi
 fi
 

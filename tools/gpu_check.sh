@@ -21,7 +21,7 @@ if [ ${#steps[@]} -eq 0 ]; then steps=(build test memcheck racecheck initcheck b
 
 export QUANTMILL_REQUIRE_GPU=1
 unset OPENBLAS_CORETYPE OPENBLAS_L2_SIZE
-programs=(test_cuda_backend bench_cuda_{forward,hessian,cholesky,solver,pack})
+programs=(test_cuda_backend bench_cuda_{forward,hessian,cholesky,solver,pack,potrf})
 if [ -n "$binaries" ]; then
     export LD_LIBRARY_PATH=$PWD/$binaries:${LD_LIBRARY_PATH:-}
 fi

@@ -24,6 +24,6 @@ void cholesky(CudaBench& bench, std::int64_t n) {
 int main(int argc, char** argv) {
     using namespace quantmill::bench;
     return run_cuda_bench(argc, argv, "reverse Cholesky on one GPU", [](CudaBench& bench) {
-        for (const std::int64_t n : {576, 4096, 8192, 14336, 28672}) cholesky(bench, n);
+        for (const std::int64_t n : {576, 1536, 2048, 4096, 8192, 14336, 28672}) cholesky(bench, n);
     });
 }

@@ -94,34 +94,58 @@ void attention(CudaBench& bench, std::int64_t heads, std::int64_t kv_heads, std:
     bench.measure({"attention", shape, work, Unit::flop, error, 1e-2}, run);
 }
 
+// Rows 0 … 63 of a tensor; every row is computed alike, from its own numbers.
+ConstTensorView top(ConstTensorView view) { return view.rows(0, 64); }
+constexpr double kRounding = 1.05 * 0x1p-8;  // one rounding to bf16, and fp32 before it
+
 void elementwise(CudaBench& bench, std::int64_t columns, std::int64_t inner) {
     CudaBackend& backend = bench.backend();
+    CpuBackend& cpu = bench.cpu();
     const auto bytes = static_cast<double>(kTokens * columns * 2);
     const std::string shape = fmt::format("T={} C={}", kTokens, columns);
     const Tensor x = bench.random({kTokens, columns}, DType::bf16);
     Tensor out = bench.random({kTokens, columns}, DType::bf16);
     if (bench.wanted("rms_norm", shape)) {
         const Tensor weight = bench.random({columns}, DType::f32);
-        bench.measure({"rms_norm", shape, 2 * bytes, Unit::byte, 0.0, 0.0},
-                      [&] { backend.rms_norm(x, weight, 1e-5F, out); });
+        const auto run = [&] { backend.rms_norm(x, weight, 1e-5F, out); };
+        run();
+        Tensor expected = cpu.empty({64, columns}, DType::f32, "reference");
+        cpu.rms_norm(bench.on_cpu(top(x)), bench.on_cpu(weight), 1e-5F, expected);
+        const double error = bench.difference(top(out), expected, 0.0F);
+        bench.measure({"rms_norm", shape, 2 * bytes, Unit::byte, error, kRounding}, run);
     }
     if (bench.wanted("add", shape)) {
-        bench.measure({"add", shape, 3 * bytes, Unit::byte, 0.0, 0.0}, [&] { backend.add(x, out); });
+        Tensor expected = bench.on_cpu(top(out));
+        cpu.add(bench.on_cpu(top(x)), expected);
+        backend.add(x, out);
+        const double error = bench.difference(top(out), expected, 0.0F);
+        bench.measure({"add", shape, 3 * bytes, Unit::byte, error, kRounding}, [&] { backend.add(x, out); });
     }
     if (bench.wanted("rope", shape)) {
         Sequences sequences{{0, kTokens}};
         const Tensor table = bench.random({2, kTokens, 64}, DType::f32);
-        bench.measure({"rope", shape, 2 * bytes, Unit::byte, 0.0, 0.0}, [&] {
-            backend.rope(out.view().reshaped({kTokens, columns / 128, 128}), sequences, table);
-        });
+        const TensorView heads = out.view().reshaped({kTokens, columns / 128, 128});
+        Tensor expected = bench.on_cpu(top(heads));
+        cpu.rope(expected, Sequences{{0, 64}}, bench.on_cpu(table));
+        const auto run = [&] { backend.rope(heads, sequences, table); };
+        run();
+        // A difference of two products in fp32: where they cancel, their own rounding is what is left.
+        const double error = bench.difference(top(heads), expected, 1e-3F);
+        bench.measure({"rope", shape, 2 * bytes, Unit::byte, error, kRounding}, run);
     }
     const std::string wide = fmt::format("T={} F={}", kTokens, inner);
     if (bench.wanted("silu_mul", wide)) {
         const Tensor gate = bench.random({kTokens, inner}, DType::bf16);
         const Tensor up = bench.random({kTokens, inner}, DType::bf16);
         Tensor product = bench.empty({kTokens, inner}, DType::bf16);
-        bench.measure({"silu_mul", wide, 6.0 * static_cast<double>(kTokens * inner), Unit::byte, 0.0, 0.0},
-                      [&] { backend.silu_mul(gate, up, product); });
+        const auto run = [&] { backend.silu_mul(gate, up, product); };
+        run();
+        Tensor expected = cpu.empty({64, inner}, DType::f32, "reference");
+        cpu.silu_mul(bench.on_cpu(top(gate)), bench.on_cpu(top(up)), expected);
+        const double error = bench.difference(top(product), expected, 1e-30F);
+        bench.measure(
+            {"silu_mul", wide, 6.0 * static_cast<double>(kTokens * inner), Unit::byte, error, kRounding},
+            run);
     }
 }
 

@@ -5,6 +5,21 @@
 namespace quantmill::bench {
 namespace {
 
+// How far the last row of sums in units of 2^-20 lies from the matrix's, rounded to such units.
+double fixed_point_error(CudaBench& bench, const Tensor& h, const Tensor& sum) {
+    const std::int64_t n = h.shape()[0];
+    const std::vector<float> row = bench.get(ConstTensorView(h).rows(n - 1, n));
+    std::vector<std::int64_t> units(static_cast<std::size_t>(n));
+    bench.backend().copy_to_host(ConstTensorView(sum).rows(n * (n - 1) / 2, n * (n + 1) / 2), units.data());
+    double worst = 0.0;
+    for (std::int64_t j = 0; j < n; ++j) {
+        const double exact = std::nearbyint(std::ldexp(double{row[j]}, 20));
+        const double error = std::abs(static_cast<double>(units[j]) - exact);
+        if (error > 0.0) worst = std::max(worst, error / std::abs(exact));
+    }
+    return worst;
+}
+
 void hessian(CudaBench& bench, std::int64_t n) {
     constexpr std::int64_t kTokens = 16384;
     const std::string shape = fmt::format("T={} n={}", kTokens, n);
@@ -36,10 +51,14 @@ void hessian(CudaBench& bench, std::int64_t n) {
     Tensor sum = bench.empty({n * (n + 1) / 2}, DType::i64);
     backend.zero(sum);
     const double elements = static_cast<double>(n) * static_cast<double>(n + 1) / 2;
-    bench.measure({"add_fixed_point", shape, 20 * elements, Unit::byte, 0.0, 0.0},
+    backend.add_fixed_point(h, exponents, sum);
+    const double sum_error = fixed_point_error(bench, h, sum);
+    bench.measure({"add_fixed_point", shape, 20 * elements, Unit::byte, sum_error, 0.0},
                   [&] { backend.add_fixed_point(h, exponents, sum); });
-    bench.measure({"from_fixed_point", shape, 12 * elements, Unit::byte, 0.0, 0.0},
-                  [&] { backend.from_fixed_point(sum, exponents, 1.0, h); });
+    const auto decode = [&] { backend.from_fixed_point(sum, exponents, 1.0, h); };
+    decode();
+    const double decoded_error = fixed_point_error(bench, h, sum);
+    bench.measure({"from_fixed_point", shape, 12 * elements, Unit::byte, decoded_error, 0x1p-24}, decode);
 }
 
 }  // namespace

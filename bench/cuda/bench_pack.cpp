@@ -33,8 +33,17 @@ void pack(CudaBench& bench, std::int64_t rows, std::int64_t columns, int bits) {
     std::vector<std::int32_t> g_idx(static_cast<std::size_t>(columns));
     for (std::int64_t c = 0; c < columns; ++c) g_idx[c] = static_cast<std::int32_t>(c / 128);
     Tensor decoded = bench.empty({rows, columns}, DType::bf16);
-    bench.measure({"dequantize", shape, 3.0 * static_cast<double>(rows * columns), Unit::byte, 0.0, 0.0},
-                  [&] { backend.dequantize({source, scales, zeros}, g_idx, decoded); });
+    const auto decode = [&] { backend.dequantize({source, scales, zeros}, g_idx, decoded); };
+    decode();
+    const std::vector<float> row = bench.get(ConstTensorView(decoded).rows(0, 1));
+    const std::vector<float> steps = bench.get(ConstTensorView(scales).rows(0, 1));
+    double worst = 0.0;
+    for (std::int64_t c = 0; c < columns; ++c) {
+        const float expected = to_float(to_bfloat16(steps[c / 128] * static_cast<float>(codes[c])));
+        worst = std::max(worst, std::abs(double{row[c]} - double{expected}));
+    }
+    bench.measure({"dequantize", shape, 3.0 * static_cast<double>(rows * columns), Unit::byte, worst, 0.0},
+                  decode);
 }
 
 }  // namespace

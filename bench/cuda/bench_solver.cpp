@@ -95,6 +95,9 @@ int main(int argc, char** argv) {
                              const quantmill::QuantizationGrid& grid) {
             solve(bench, factors, rows, columns, grid);
         };
+        run(1536, 576, {4, 64, true});  // up to 2048 columns products are fp32's
+        run(8192, 2048, {4, 128, true});
+        run(8192, 2304, {4, 128, true});
         run(6144, 4096, {4, 128, true});
         run(28672, 4096, {4, 128, true});
         run(8192, 8192, {4, 128, true});

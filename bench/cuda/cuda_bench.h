@@ -12,6 +12,7 @@
 #include <string>
 #include <vector>
 
+#include "kernels/cpu/cpu_backend.h"
 #include "kernels/cuda/check.h"
 #include "kernels/cuda/cuda_backend.h"
 #include "kernels/half.h"
@@ -113,6 +114,24 @@ public:
         return put(generate(shape.count(), [&](std::int64_t i) { return scale * noise(seed, i); }), shape,
                    dtype);
     }
+    // The same numbers on the CPU backend, in fp32.
+    Tensor on_cpu(ConstTensorView view) {
+        Tensor tensor = cpu_.empty(view.shape(), DType::f32, "reference");
+        cpu_.copy_from_host(get(view).data(), tensor);
+        return tensor;
+    }
+    CpuBackend& cpu() { return cpu_; }
+    // The largest |actual − expected| / (|expected| + floor).
+    double difference(ConstTensorView actual, const Tensor& expected, float floor) {
+        const std::vector<float> values = get(actual);
+        const auto* reference = expected.view().data<float>();
+        double worst = 0.0;
+        for (std::size_t i = 0; i < values.size(); ++i) {
+            const double error = std::abs(double{values[i]} - double{reference[i]});
+            worst = std::max(worst, std::isnan(error) ? INFINITY : error / (std::abs(reference[i]) + floor));
+        }
+        return worst;
+    }
     Tensor empty(Shape shape, DType dtype) { return backend_.empty(shape, dtype, "result"); }
     std::vector<float> get(ConstTensorView view) {
         if (view.dtype() != DType::f32) {
@@ -162,6 +181,7 @@ private:
     std::string only_;
     bool failed_ = false;
     CudaBackend backend_{0};
+    CpuBackend cpu_{4};
     cudaEvent_t start_ = nullptr, stop_ = nullptr;
     double peak_flops_ = 0.0, peak_bytes_ = 0.0;
     std::uint64_t seed_ = 0;

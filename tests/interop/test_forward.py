@@ -27,6 +27,7 @@ CASES = [
         {"rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}, "num_key_value_heads": 1},
     ),
     ("Mistral", "bfloat16", {}),
+    ("Mistral", "float16", {"sliding_window": 48}),  # most of the sequences are longer
     ("Qwen2", "bfloat16", {}),
     ("Qwen3", "bfloat16", {}),
     ("Qwen3", "float16", {"tie_word_embeddings": False}),

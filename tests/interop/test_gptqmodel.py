@@ -1,5 +1,7 @@
 """Checkpoints that we write, loaded by GPTQModel and by transformers: the same model as ours."""
 
+import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -62,6 +64,22 @@ def test_gptqmodel_computes_what_we_compute(
     ours = our_logits(quantmill, output, store, tmp_path / "logits.safetensors")
     assert relative_error(their_logits(loaded_by_gptqmodel(output), sequences), ours) <= 1e-2
     assert relative_error(their_logits(load(output), sequences), ours) <= 1e-4  # the independent reader
+
+
+@pytest.mark.parametrize("bits", (2, 3, 4, 8))
+def test_gptqmodel_computes_what_a_gpu_s_checkpoint_holds(quantmill: Callable[..., Any], tmp_path: Path, bits: int) -> None:
+    """Checkpoints that a GPU made, here or on another machine (make_cuda_job.py)."""
+    made = os.environ.get("QUANTMILL_CUDA_CHECKPOINTS")
+    if not made:
+        pytest.skip("no checkpoints made on a GPU: make_cuda_job.py says how (QUANTMILL_CUDA_CHECKPOINTS)")
+    output = Path(made) / f"W{bits}"
+    report = json.loads((output / "report.json").read_text())
+    assert report["backend"] == "cuda", report["devices"]
+    sequences = random_sequences(3, 100, seed=2)
+    store = write_store(tmp_path / "tokens.h5", sequences, output)
+    ours = our_logits(quantmill, output, store, tmp_path / "logits.safetensors")
+    assert relative_error(their_logits(loaded_by_gptqmodel(output), sequences), ours) <= 1e-2
+    assert relative_error(their_logits(load(output), sequences), ours) <= 1e-4
 
 
 def test_transformers_loads_the_4_bit_checkpoint(quantize: Quantize) -> None:

@@ -30,7 +30,7 @@ protected:
         cpu_.reset();
     }
     void SetUp() override {
-        RecordProperty("seed", std::to_string(kSeed));
+        RecordProperty("seed", std::to_string(seed_));
         if (cuda_) return;
         if (std::getenv("QUANTMILL_REQUIRE_GPU") != nullptr) FAIL() << "no CUDA device is visible";
         GTEST_SKIP() << "no CUDA device is visible";
@@ -100,8 +100,13 @@ protected:
         EXPECT_EQ(wrong, 0U) << "of " << actual.size();
     }
 
-    static constexpr unsigned kSeed = 20261123;
-    std::mt19937 random_{kSeed};
+    // Shapes and numbers are the same in every run unless QUANTMILL_TEST_SEED says otherwise.
+    static unsigned seed() {
+        const char* text = std::getenv("QUANTMILL_TEST_SEED");
+        return text == nullptr ? 20261123U : static_cast<unsigned>(std::strtoul(text, nullptr, 10));
+    }
+    unsigned seed_ = seed();
+    std::mt19937 random_{seed_};
 
 private:
     static inline std::unique_ptr<CpuBackend> cpu_;

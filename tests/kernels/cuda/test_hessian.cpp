@@ -17,8 +17,10 @@ std::vector<float> lower(const std::vector<float>& h, std::int64_t n) {
 }
 
 TEST_F(Hessian, of_integers_is_exact) {
-    for (const auto& [tokens, n] :
-         {std::pair{1, 1}, {10, 7}, {100, 64}, {300, 576}, {17000, 72}, {64, 2304}, {20, 3400}, {33, 5000}}) {
+    std::vector<std::pair<std::int64_t, std::int64_t>> shapes{
+        {1, 1}, {10, 7}, {100, 64}, {300, 576}, {17000, 72}, {64, 2304}, {20, 3400}, {33, 5000}};
+    for (int i = 0; i < 5; ++i) shapes.emplace_back(integer(1, 500), integer(1, 900));
+    for (const auto& [tokens, n] : shapes) {
         SCOPED_TRACE(::testing::Message() << tokens << " x " << n);
         std::vector<float> x(tokens * n);
         for (float& value : x) value = static_cast<float>(integer(-8, 8));

@@ -1,6 +1,7 @@
 #include <algorithm>
 #include <string>
 
+#include "kernels/cuda/check.h"
 #include "tests/kernels/cuda/fixture.h"
 
 namespace quantmill::testing {
@@ -22,6 +23,27 @@ TEST_F(Memory, out_of_memory_names_the_allocation_and_what_is_held) {
     Tensor after = cuda().empty({16}, DType::f32, "after");  // the backend is still usable
     cuda().zero(after);
     EXPECT_EQ(get<float>(after), std::vector<float>(16, 0.0F));
+}
+
+TEST_F(Memory, failed_calls_are_named_with_arguments_status_and_device) {
+    const auto message = [](const auto& call) {
+        try {
+            call();
+        } catch (const InfrastructureError& error) {
+            return std::string(error.what());
+        }
+        return std::string("nothing was thrown");
+    };
+    const std::string device = "CUDA device 0 (";
+    const std::string cublas = message(
+        [] { cuda::check(CUBLAS_STATUS_NOT_SUPPORTED, "cublasLtMatmul", {{"rows", 3}, {"depth", 5}}); });
+    EXPECT_EQ(cublas.find("cublasLtMatmul(rows=3, depth=5) failed on " + device), 0U) << cublas;
+    EXPECT_NE(cublas.find("CUBLAS_STATUS_NOT_SUPPORTED"), std::string::npos) << cublas;
+    const std::string runtime =
+        message([] { cuda::check(cudaSetDevice(1 << 20), "cudaSetDevice", {{"device", 1 << 20}}); });
+    EXPECT_EQ(runtime.find("cudaSetDevice(device=1048576) failed on " + device), 0U) << runtime;
+    EXPECT_NE(runtime.find("cudaErrorInvalidDevice"), std::string::npos) << runtime;
+    static_cast<void>(cudaGetLastError());
 }
 
 TEST_F(Memory, copies) {
