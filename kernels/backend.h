@@ -176,7 +176,7 @@ public:
     // h[i, j] = R_ij / R_jj for i < j and h[j, j] = R_jj; the lower triangle is undefined.
     // Returns false when H is not numerically positive definite (h is then undefined).
     [[nodiscard]] virtual bool reverse_cholesky(TensorView h) = 0;
-    // out[r, c] = x[r, order[c]]: columns of a matrix (f32 or u8) in the given order.
+    // out[r, c] = x[r, order[c]]: columns of a matrix (f32, f16 or u8) in the given order.
     virtual void permute_columns(ConstTensorView x, std::span<const std::int32_t> order, TensorView out) = 0;
     virtual void zero_columns(std::span<const std::int32_t> columns, TensorView x) = 0;  // x f32 [R, C]
     // Per row Σ_c (a[r, c] − b[r, c])² in double precision; a, b f32 [R, C].
@@ -188,15 +188,12 @@ public:
                             QuantizedViews out, TensorView loss) = 0;
     // Scales and zeros of contiguous groups from the weights as they are; importance[c] = R_cc² weighs column
     // c in a search by Hessian (empty: all alike). Writes out.scales and out.zeros; out.codes may be empty.
-    virtual void choose_grids(ConstTensorView, std::span<const float>, const QuantizationGrid&,
-                              QuantizedViews) {
-        throw InternalError("choose_grids is not built");
-    }
+    virtual void choose_grids(ConstTensorView weights, std::span<const float> importance,
+                              const QuantizationGrid& grid, QuantizedViews out) = 0;
     // gptq_solve with scales and zeros that are given; column j of weights and codes belongs to groups[j].
-    virtual void gptq_solve_static(ConstTensorView, ConstTensorView, std::span<const std::int32_t>,
-                                   const QuantizationGrid&, QuantizedViews, TensorView) {
-        throw InternalError("gptq_solve_static is not built");
-    }
+    virtual void gptq_solve_static(ConstTensorView weights, ConstTensorView factor,
+                                   std::span<const std::int32_t> groups, const QuantizationGrid& grid,
+                                   QuantizedViews quantized, TensorView loss) = 0;
     // out[r, c] = scales[r, g] · (codes[r, c] − zeros[r, g]), g = g_idx[c]; out [R, C] f32 or activation
     // dtype.
     virtual void dequantize(ConstQuantizedViews quantized, std::span<const std::int32_t> g_idx,

@@ -1,6 +1,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 
 #include "kernels/backend.h"
 #include "kernels/half.h"
@@ -13,9 +14,15 @@ struct GroupParameters {
     int zero;
 };
 
-// The scale as the file stores it: fp16, never zero or subnormal (some consumers flush those), never
-// infinite.
-inline Half storable_scale(float scale) { return to_half(std::clamp(scale, kHalfSmallestNormal, kHalfMax)); }
+// A positive scale as the file stores it: fp16, never zero or subnormal (some consumers flush those), never
+// infinite; or one that bf16 holds as well, with its 8 significant bits.
+inline Half storable_scale(float scale, bool bf16) {
+    constexpr float kBothMax = 65280.0F;
+    scale = std::clamp(scale, kHalfSmallestNormal, bf16 ? kBothMax : kHalfMax);
+    return to_half(bf16 ? to_float(to_bfloat16(scale)) : scale);
+}
+
+inline Half negated(Half scale) { return {static_cast<std::uint16_t>(scale.bits ^ 0x8000U)}; }
 
 // The same as the grid stores it: with bf16_scales eight significant bits, which bf16 and fp16 both hold.
 inline Half storable_scale(float scale, const QuantizationGrid& grid) {
@@ -29,19 +36,59 @@ inline float round_half_even(float x) {
     return (x + kShift) - kShift;
 }
 
-// Step and zero point for a group whose updated weights lie in [low, high].
-inline GroupParameters group_parameters(float low, float high, const QuantizationGrid& grid) {
+// Scales that a search tries, the first and largest first, in steps of the min-max scale's share.
+struct Shrinks {
+    int count, first, whole;  // scale i is (first − i) / whole of the min-max scale
+    float of(int i) const { return static_cast<float>(first - i) / static_cast<float>(whole); }
+};
+inline constexpr Shrinks kMinMaxShrinks{1, 1, 1};
+inline constexpr Shrinks kMseShrinks{80, 100, 100};    // GPTQModel's: 1.00 … 0.21
+inline constexpr Shrinks kHessianShrinks{33, 42, 40};  // 1.05 … 0.25
+inline Shrinks shrinks_of(ScaleSearch search) {
+    switch (search) {
+        case ScaleSearch::mse: return kMseShrinks;
+        case ScaleSearch::hessian: return kHessianShrinks;
+        case ScaleSearch::minmax: break;
+    }
+    return kMinMaxShrinks;
+}
+
+// Whether each shrink is tried twice: with both signs or, as GPTQModel does for asymmetric grids of 2 bits,
+// with both integers next to the ideal zero.
+inline bool tries_twins(const QuantizationGrid& grid) {
+    return grid.sym ? grid.signed_scales : grid.bits == 2;
+}
+
+// Step and zero point for a group whose updated weights lie in [low, high], 0 included, shrunk to a share of
+// the min-max scale.
+inline GroupParameters shrunk_parameters(float low, float high, float shrink, const QuantizationGrid& grid) {
     const auto max_code = static_cast<float>(grid.max_code());
     if (grid.sym) {
         const float absmax = std::max(-low, high);
-        return {storable_scale(2.0F * absmax / max_code), 1 << (grid.bits - 1)};
+        return {storable_scale(shrink * (2.0F * absmax / max_code), grid.bf16_scales), 1 << (grid.bits - 1)};
     }
-    low = std::min(low, 0.0F);
-    high = std::max(high, 0.0F);
-    const Half scale = storable_scale((high - low) / max_code);
+    const Half scale = storable_scale(shrink * ((high - low) / max_code), grid.bf16_scales);
     // Clamped before rounding: the bounds are integers, and a huge quotient would not round exactly.
-    const float zero = std::clamp(-low / to_float(scale), 0.0F, max_code);
+    const float zero = std::clamp(-(shrink * low) / to_float(scale), 0.0F, max_code);
     return {scale, static_cast<int>(round_half_even(zero))};
+}
+
+// The other candidate of a shrink (tries_twins).
+inline GroupParameters twin_of(const GroupParameters& first, float low, float shrink,
+                               const QuantizationGrid& grid) {
+    if (grid.sym) return {negated(first.scale), first.zero};
+    const float ideal = -(shrink * low) / to_float(first.scale);
+    const float lower = std::clamp(std::floor(ideal), 0.0F, static_cast<float>(grid.max_code()));
+    const float upper = std::clamp(std::ceil(ideal), 0.0F, static_cast<float>(grid.max_code()));
+    return {first.scale, static_cast<int>(static_cast<float>(first.zero) == lower ? upper : lower)};
+}
+
+// The min-max parameters. A scale with a sign puts the grid's longer side, that of code 0, on the larger
+// extreme.
+inline GroupParameters group_parameters(float low, float high, const QuantizationGrid& grid) {
+    GroupParameters parameters = shrunk_parameters(std::min(low, 0.0F), std::max(high, 0.0F), 1.0F, grid);
+    if (grid.sym && grid.signed_scales && high > -low) parameters.scale = negated(parameters.scale);
+    return parameters;
 }
 
 // The code nearest to value on the grid, as a float: clamp(round(value / scale) + zero, 0, max_code).

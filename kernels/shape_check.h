@@ -42,19 +42,43 @@ inline void require_length(std::size_t length, std::int64_t order, std::string_v
     }
 }
 
+inline bool grid_fits(const QuantizationGrid& grid) {
+    return grid.group_size >= 1 && grid.bits >= 2 && grid.bits <= 8 && (grid.sym || !grid.signed_scales);
+}
+
+inline bool scales_fit(const ConstTensorView& weights, const QuantizationGrid& grid,
+                       const QuantizedViews& out) {
+    if (weights.shape().rank() != 2 || !grid_fits(grid)) return false;
+    const Shape shape{weights.extent(0), grid.groups(weights.extent(1))};
+    return weights.dtype() == DType::f32 && is(out.scales, DType::f16, shape) &&
+           is(out.zeros, DType::u8, shape);
+}
+
 inline void require_solve_operands(const ConstTensorView& weights, const ConstTensorView& factor,
                                    const QuantizationGrid& grid, const QuantizedViews& out,
                                    const TensorView& loss) {
-    const bool possible =
-        weights.shape().rank() == 2 && grid.group_size >= 1 && grid.bits >= 2 && grid.bits <= 8;
+    const bool possible = scales_fit(weights, grid, out);
     const std::int64_t rows = possible ? weights.extent(0) : 0;
     const std::int64_t columns = possible ? weights.extent(1) : 0;
-    const std::int64_t groups = possible ? grid.groups(columns) : 0;
-    require_operands(
-        possible && weights.dtype() == DType::f32 && is(factor, DType::f32, {columns, columns}) &&
-            is(out.codes, DType::u8, {rows, columns}) && is(out.scales, DType::f16, {rows, groups}) &&
-            is(out.zeros, DType::u8, {rows, groups}) && is(loss, DType::f32, {rows}),
-        "gptq_solve", {weights, factor, out.codes, out.scales, out.zeros, loss});
+    require_operands(possible && is(factor, DType::f32, {columns, columns}) &&
+                         is(out.codes, DType::u8, {rows, columns}) && is(loss, DType::f32, {rows}),
+                     "gptq_solve", {weights, factor, out.codes, out.scales, out.zeros, loss});
+}
+
+// Throws unless there is a group for each of the columns.
+inline void require_group_index(std::span<const std::int32_t> index, const QuantizationGrid& grid,
+                                std::int64_t columns) {
+    require_length(index.size(), columns, "gptq_solve_static");
+    for (const std::int32_t group : index) {
+        if (group >= 0 && group < grid.groups(columns)) continue;
+        throw InternalError("gptq_solve_static: group {} of {}", group, grid.groups(columns));
+    }
+}
+
+inline void require_grid_operands(const ConstTensorView& weights, std::span<const float> importance,
+                                  const QuantizationGrid& grid, const QuantizedViews& out) {
+    require_operands(scales_fit(weights, grid, out), "choose_grids", {weights, out.scales, out.zeros});
+    if (!importance.empty()) require_length(importance.size(), weights.extent(1), "choose_grids");
 }
 
 // Of the operations that work on a quantized linear: hessian f32 [C, C].

@@ -22,6 +22,32 @@ std::vector<std::int32_t> descending(std::span<const float> diagonal) {
     return order;
 }
 
+// Columns of each group by falling diagonal, groups by their largest; a short last group stays where and as
+// it is, as in GPTQModel.
+std::vector<std::int32_t> group_aware(std::span<const float> diagonal, std::int64_t group_size) {
+    const auto size = static_cast<std::size_t>(group_size);
+    const std::size_t groups = diagonal.size() / size;
+    std::vector<std::vector<std::int32_t>> inside;
+    std::vector<float> largest;
+    for (std::size_t g = 0; g < groups; ++g) {
+        inside.push_back(descending(diagonal.subspan(g * size, size)));
+        largest.push_back(diagonal[g * size + static_cast<std::size_t>(inside.back().front())]);
+    }
+    std::vector<std::int32_t> order;
+    for (const std::int32_t g : descending(largest)) {
+        for (const std::int32_t c : inside[static_cast<std::size_t>(g)])
+            order.push_back(static_cast<std::int32_t>(g * group_size) + c);
+    }
+    while (order.size() < diagonal.size()) order.push_back(static_cast<std::int32_t>(order.size()));
+    return order;
+}
+
+std::vector<std::int32_t> column_order(std::span<const float> diagonal, const GptqOptions& options) {
+    if (options.desc_act) return descending(diagonal);
+    if (options.act_group_aware) return group_aware(diagonal, options.grid.group_size);
+    return {};
+}
+
 std::vector<std::int32_t> inverse(std::span<const std::int32_t> order) {
     std::vector<std::int32_t> result(order.size());
     for (std::size_t i = 0; i < order.size(); ++i) {
@@ -59,12 +85,12 @@ FactorOutcome factor_hessian(Backend& backend, ConstTensorView sum, const FixedP
 
     FactorOutcome outcome;
     outcome.dead_columns = take_dead_columns(diagonal);
-    if (options.desc_act) outcome.order = descending(diagonal);
+    outcome.order = column_order(diagonal, options);
 
     for (double damp = options.damp_percent; damp < 1.0; damp += options.damp_auto_increment) {
         if (damp != options.damp_percent) backend.from_fixed_point(sum, exponents, scale, factor);
         backend.write_diagonal(damped(diagonal, damp * mean_diagonal), factor);
-        if (options.desc_act) {
+        if (!outcome.order.empty()) {
             Tensor natural = backend.empty(factor.shape(), DType::f32, "Hessian in natural order");
             backend.copy(factor, natural);
             backend.permute_symmetric(natural, outcome.order, factor);
@@ -95,15 +121,68 @@ FactorOutcome deserialize_factor_outcome(const std::string& text) {
     return {json.at(0), json.at(1), json.at(2), json.at(3), json.at(4)};
 }
 
-std::vector<std::int32_t> group_index(const FactorOutcome& outcome, const QuantizationGrid& grid,
+bool natural_groups(const GptqOptions& options) { return !options.desc_act || options.static_groups; }
+
+std::vector<std::int32_t> group_index(const FactorOutcome& outcome, const GptqOptions& options,
                                       std::int64_t columns) {
+    const bool natural = outcome.order.empty() || natural_groups(options);
     std::vector<std::int32_t> groups(static_cast<std::size_t>(columns));
     for (std::size_t j = 0; j < groups.size(); ++j) {
-        const auto group = static_cast<std::int32_t>(static_cast<std::int64_t>(j) / grid.group_size);
-        groups[outcome.order.empty() ? j : static_cast<std::size_t>(outcome.order[j])] = group;
+        const auto group = static_cast<std::int32_t>(static_cast<std::int64_t>(j) / options.grid.group_size);
+        groups[natural ? j : static_cast<std::size_t>(outcome.order[j])] = group;
     }
     return groups;
 }
+
+namespace {
+
+// The natural groups of the columns as they are walked.
+std::vector<std::int32_t> walked_groups(const FactorOutcome& outcome, std::int64_t group_size,
+                                        std::int64_t columns) {
+    std::vector<std::int32_t> groups;
+    for (std::int64_t j = 0; j < columns; ++j) {
+        const std::int64_t column = outcome.order.empty() ? j : outcome.order[static_cast<std::size_t>(j)];
+        groups.push_back(static_cast<std::int32_t>(column / group_size));
+    }
+    return groups;
+}
+
+// R_jj² of each column, in natural order.
+std::vector<float> importance_of(Backend& backend, ConstTensorView factor, const FactorOutcome& outcome) {
+    const std::vector<float> diagonal = backend.read_diagonal(factor);
+    std::vector<float> importance(diagonal.size());
+    for (std::size_t j = 0; j < diagonal.size(); ++j) {
+        importance[outcome.order.empty() ? j : static_cast<std::size_t>(outcome.order[j])] =
+            diagonal[j] * diagonal[j];
+    }
+    return importance;
+}
+
+// The solve of columns as they lie. Of static groups scales and zeros are there, of group-aware ones they
+// come in the order of the walk and are put back.
+void solve_in_order(Backend& backend, ConstTensorView weights, ConstTensorView factor,
+                    const FactorOutcome& outcome, const GptqOptions& options, QuantizedViews out,
+                    TensorView loss) {
+    const std::int64_t group_size = options.grid.group_size;
+    const std::vector<std::int32_t> groups = walked_groups(outcome, group_size, weights.extent(1));
+    if (options.static_groups) {
+        return backend.gptq_solve_static(weights, factor, groups, options.grid, out, loss);
+    }
+    if (outcome.order.empty() || !natural_groups(options)) {
+        return backend.gptq_solve(weights, factor, options.grid, out, loss);
+    }
+    std::vector<std::int32_t> walked;
+    for (std::size_t j = 0; j < groups.size(); j += static_cast<std::size_t>(group_size)) {
+        walked.push_back(groups[j]);
+    }
+    Tensor scales = backend.empty(out.scales.shape(), DType::f16, "scales in the order of the walk");
+    Tensor zeros = backend.empty(out.zeros.shape(), DType::u8, "zeros in the order of the walk");
+    backend.gptq_solve(weights, factor, options.grid, {out.codes, scales, zeros}, loss);
+    backend.permute_columns(scales, inverse(walked), out.scales);
+    backend.permute_columns(zeros, inverse(walked), out.zeros);
+}
+
+}  // namespace
 
 RowLosses solve_rows(Backend& backend, TensorView weights, RowRange range, ConstTensorView factor,
                      const FactorOutcome& outcome, const GptqOptions& options, QuantizedLinear& quantized) {
@@ -114,13 +193,16 @@ RowLosses solve_rows(Backend& backend, TensorView weights, RowRange range, Const
 
     QuantizedViews out = quantized.rows(range.begin, range.end);
     Tensor loss = backend.empty({range.count()}, DType::f32, "loss of rows");
+    if (options.static_groups) {
+        backend.choose_grids(weights, importance_of(backend, factor, outcome), options.grid, out);
+    }
     if (outcome.order.empty()) {
-        backend.gptq_solve(weights, factor, options.grid, out, loss);
+        solve_in_order(backend, weights, factor, outcome, options, out, loss);
     } else {
-        Tensor ordered = backend.empty(shape, DType::f32, "weights in act order");
-        Tensor codes = backend.empty(shape, DType::u8, "codes in act order");
+        Tensor ordered = backend.empty(shape, DType::f32, "weights in the order of the walk");
+        Tensor codes = backend.empty(shape, DType::u8, "codes in the order of the walk");
         backend.permute_columns(weights, outcome.order, ordered);
-        backend.gptq_solve(ordered, factor, options.grid, {codes, out.scales, out.zeros}, loss);
+        solve_in_order(backend, ordered, factor, outcome, options, {codes, out.scales, out.zeros}, loss);
         backend.permute_columns(codes, inverse(outcome.order), out.codes);
     }
 

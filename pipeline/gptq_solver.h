@@ -28,7 +28,7 @@ struct FactorOutcome {
     bool damping_raised = false;
     bool round_to_nearest = false;           // no damping below 1 made H positive definite
     std::vector<std::int32_t> dead_columns;  // H_jj = 0: never active in the calibration
-    std::vector<std::int32_t> order;         // column order of desc_act; empty: natural
+    std::vector<std::int32_t> order;         // in which columns are solved; empty: natural
 };
 
 // Builds H = (2/tokens)·XᵀX + λI, λ = damp_percent · mean(diag), from the reduced fixed-point sum and factors
@@ -43,9 +43,12 @@ FactorOutcome factor_hessian(Backend& backend, ConstTensorView sum, const FixedP
 std::string serialize(const FactorOutcome& outcome);
 FactorOutcome deserialize_factor_outcome(const std::string& text);
 
-// g_idx of a linear whose columns were quantized in outcome.order: column order[j] is in group j /
-// group_size.
-std::vector<std::int32_t> group_index(const FactorOutcome& outcome, const QuantizationGrid& grid,
+// Whether g_idx stays c / group_size, so that consumers need no kernels for act-order.
+bool natural_groups(const GptqOptions& options);
+
+// g_idx of a linear whose columns were solved in outcome.order: c / group_size, or with act-order column
+// order[j] is in group j / group_size.
+std::vector<std::int32_t> group_index(const FactorOutcome& outcome, const GptqOptions& options,
                                       std::int64_t columns);
 
 struct RowLosses {

@@ -98,7 +98,7 @@ QuantizedGroup GroupSolver::solve(const Team& team, std::size_t stage,
     const LinearGroup& group = graph_.stages[stage].group;
     const GptqOptions options = options_for(group);
     QuantizedLinear quantized(backend_, group.rows(), group.columns(), options.grid);
-    quantized.g_idx = group_index(outcome, options.grid, group.columns());
+    quantized.g_idx = group_index(outcome, options, group.columns());
 
     const std::vector<RowRange> ranges = solve_ranges(group.rows(), team.control.size());
     const RowRange mine = ranges[static_cast<std::size_t>(team.control.rank())];

@@ -14,8 +14,9 @@ namespace {
 
 // Whether two outputs can share the factor of a Hessian.
 bool same_factor(const QuantizationSpec& a, const QuantizationSpec& b) {
-    return a.damp_percent == b.damp_percent && a.damp_auto_increment == b.damp_auto_increment &&
-           a.desc_act == b.desc_act;
+    const bool same_order = a.desc_act == b.desc_act && a.act_group_aware == b.act_group_aware &&
+                            (!a.act_group_aware || a.group_size == b.group_size);
+    return a.damp_percent == b.damp_percent && a.damp_auto_increment == b.damp_auto_increment && same_order;
 }
 
 // The rank of a group that writes a block's Hessians into a store: they lie in one file.

@@ -258,6 +258,8 @@ void CpuBackend::permute_columns(ConstTensorView x, std::span<const std::int32_t
         "permute_columns", {x, out});
     if (x.dtype() == DType::u8) {
         permute_columns_of(x.data<std::uint8_t>(), rows, order, out.data<std::uint8_t>());
+    } else if (x.dtype() == DType::f16) {
+        permute_columns_of(x.data<Half>(), rows, order, out.data<Half>());
     } else {
         permute_columns_of(x.data<float>(), rows, order, out.data<float>());
     }

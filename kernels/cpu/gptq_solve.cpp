@@ -5,14 +5,15 @@
 
 #include "kernels/cpu/blas.h"
 #include "kernels/cpu/cpu_backend.h"
+#include "kernels/cpu/scale_search.h"
 #include "kernels/grid.h"
 #include "kernels/shape_check.h"
 
 namespace quantmill {
 namespace {
 
-constexpr std::int64_t kRows = kSolveRowBlock;  // rows of a block, the lanes of every loop
-constexpr std::int64_t kBlock = 128;            // columns whose earlier errors come in one product
+constexpr std::int64_t kRows = kRowLanes;
+constexpr std::int64_t kBlock = 128;  // columns whose earlier errors come in one product
 
 // Operands of a solve. The factor holds C_ij = R_ij / R_jj above and R_jj on its diagonal.
 struct Problem {
@@ -21,20 +22,15 @@ struct Problem {
     std::int64_t rows;     // R
     std::int64_t columns;  // C
     QuantizationGrid grid;
-    std::uint8_t* codes;  // [R, C]
-    Half* scales;         // [R, G]
-    std::uint8_t* zeros;  // [R, G]
-    float* loss;          // [R]
-};
-
-// The grid of one group for every row of a block.
-struct Lanes {
-    float scale[kRows];
-    float zero[kRows];
+    const std::int32_t* groups;  // [C]: of each column, whose scales and zeros are given; or null
+    std::uint8_t* codes;         // [R, C]
+    Half* scales;                // [R, G]
+    std::uint8_t* zeros;         // [R, G]
+    float* loss;                 // [R]
 };
 
 // Quantizes a column of targets w + push; leaves the error w − q and adds (target − q)² · weight to the loss.
-QUANTMILL_HOT_LOOP void quantize_column(const float* pushes, const float* weights, const Lanes& lanes,
+QUANTMILL_HOT_LOOP void quantize_column(const float* pushes, const float* weights, const GridLanes& lanes,
                                         float max_code, double importance, float* errors, std::uint8_t* codes,
                                         double* loss) {
     for (std::int64_t r = 0; r < kRows; ++r) {
@@ -56,15 +52,34 @@ QUANTMILL_HOT_LOOP void feed_forward(const float* errors, const float* row, std:
     }
 }
 
-// Widens each row's range by weights + pushes of `count` columns.
-QUANTMILL_HOT_LOOP void widen_range(const float* weights, const float* pushes, std::int64_t count, float* low,
-                                    float* high) {
-    for (std::int64_t j = 0; j < count; ++j) {
-        for (std::int64_t r = 0; r < kRows; ++r) {
-            const float updated = weights[j * kRows + r] + pushes[j * kRows + r];
-            low[r] = std::min(low[r], updated);
-            high[r] = std::max(high[r], updated);
-        }
+QUANTMILL_HOT_LOOP void add(const float* x, std::int64_t count, float* sum) {
+    for (std::int64_t i = 0; i < count; ++i) sum[i] += x[i];
+}
+
+// R_jj² of columns [first, last).
+std::vector<float> importance_of(const Problem& p, std::int64_t first, std::int64_t last) {
+    std::vector<float> importance;
+    for (std::int64_t j = first; j < last; ++j) {
+        const float diagonal = p.factor[j * p.columns + j];
+        importance.push_back(diagonal * diagonal);
+    }
+    return importance;
+}
+
+// `rows` rows of `width` columns -> [column][row]; rows beyond are zero.
+void transpose(const float* x, std::int64_t stride, std::int64_t rows, std::int64_t width, float* out) {
+    for (std::int64_t j = 0; j < width; ++j) {
+        float* lanes = out + j * kRows;
+        for (std::int64_t r = 0; r < rows; ++r) lanes[r] = x[r * stride + j];
+        std::fill(lanes + rows, lanes + kRows, 0.0F);
+    }
+}
+
+void store_grid(const GridLanes& lanes, std::int64_t row, std::int64_t rows, std::int64_t group,
+                std::int64_t groups, Half* scales, std::uint8_t* zeros) {
+    for (std::int64_t r = 0; r < rows; ++r) {
+        scales[(row + r) * groups + group] = to_half(lanes.scale[r]);
+        zeros[(row + r) * groups + group] = static_cast<std::uint8_t>(lanes.zero[r]);
     }
 }
 
@@ -77,14 +92,17 @@ public:
           errors_(static_cast<std::size_t>(problem.columns * kRows)),
           weights_(kBlock * kRows),
           pushes_(kBlock * kRows),
-          continued_(static_cast<std::size_t>(problem.grid.group_size * kRows)),
-          group_weights_(continued_.size()),
-          codes_(kBlock * kRows) {}
+          codes_(kBlock * kRows) {
+        if (p_.groups != nullptr) return;
+        continued_.resize(static_cast<std::size_t>(problem.grid.group_size * kRows));
+        group_weights_.resize(continued_.size());
+    }
 
     void solve(std::int64_t first_row) {
         row_ = first_row;
         rows_ = std::min(kRows, p_.rows - first_row);
         std::fill_n(loss_, kRows, 0.0);
+        if (p_.groups != nullptr) load_grids();
         for (std::int64_t begin = 0; begin < p_.columns; begin += kBlock) {
             solve_columns(begin, std::min(begin + kBlock, p_.columns));
         }
@@ -92,9 +110,10 @@ public:
     }
 
 private:
-    // Columns [begin, end), cut where groups end.
+    // Columns [begin, end), cut where groups end unless their grids are given.
     void solve_columns(std::int64_t begin, std::int64_t end) {
-        const std::int64_t group_size = p_.grid.group_size;
+        const bool given = p_.groups != nullptr;
+        const std::int64_t group_size = given ? p_.columns : p_.grid.group_size;
         load_weights(begin, end, weights_.data());
         std::fill(pushes_.begin(), pushes_.end(), 0.0F);
         add_errors(0, begin, begin, end, pushes_.data());
@@ -103,7 +122,7 @@ private:
             const std::int64_t group_end = std::min((group + 1) * group_size, p_.columns);
             const std::int64_t stop = std::min(end, group_end);
             add_errors(begin, column, column, stop, pushes_.data() + (column - begin) * kRows);
-            if (column == group * group_size) choose_grid(begin, end, column, group_end);
+            if (!given && column == group * group_size) choose_grid(begin, end, column, group_end);
             walk(begin, column, stop);
             column = stop;
         }
@@ -112,13 +131,7 @@ private:
 
     // Rows of the block, columns [begin, end) -> [column][row].
     void load_weights(std::int64_t begin, std::int64_t end, float* out) const {
-        for (std::int64_t j = begin; j < end; ++j) {
-            float* lanes = out + (j - begin) * kRows;
-            for (std::int64_t r = 0; r < rows_; ++r) {
-                lanes[r] = p_.weights[(row_ + r) * p_.columns + j];
-            }
-            std::fill(lanes + rows_, lanes + kRows, 0.0F);
-        }
+        transpose(p_.weights + row_ * p_.columns + begin, p_.columns, rows_, end - begin, out);
     }
 
     // out[j] += Σ errors[i] · C_ij for i in [first, last), j in [begin, end).
@@ -149,22 +162,29 @@ private:
                         p_.factor + column * p_.columns + column, static_cast<blasint>(p_.columns),
                         continued_.data(), static_cast<blasint>(kRows));
         }
-        float low[kRows] = {};  // a range that includes 0, for symmetric grids too
-        float high[kRows] = {};
-        widen_range(weights, continued_.data(), width, low, high);
-        store_grid(column / p_.grid.group_size, low, high);
+        add(weights, width * kRows, continued_.data());  // S
+        std::vector<float> importance;
+        if (p_.grid.search == ScaleSearch::hessian) importance = importance_of(p_, column, group_end);
+        grids_.assign(1, choose_grid_lanes(continued_.data(), width, importance.data(), p_.grid));
+        store_grid(grids_.front(), row_, rows_, column / p_.grid.group_size, p_.grid.groups(p_.columns),
+                   p_.scales, p_.zeros);
     }
 
-    void store_grid(std::int64_t group, const float* low, const float* high) {
+    void load_grids() {
         const std::int64_t groups = p_.grid.groups(p_.columns);
-        for (std::int64_t r = 0; r < kRows; ++r) {
-            const GroupParameters parameters = group_parameters(low[r], high[r], p_.grid);
-            lanes_.scale[r] = to_float(parameters.scale);
-            lanes_.zero[r] = static_cast<float>(parameters.zero);
-            if (r >= rows_) continue;
-            p_.scales[(row_ + r) * groups + group] = parameters.scale;
-            p_.zeros[(row_ + r) * groups + group] = static_cast<std::uint8_t>(parameters.zero);
+        grids_.assign(static_cast<std::size_t>(groups), GridLanes{});
+        for (std::int64_t g = 0; g < groups; ++g) {
+            GridLanes& lanes = grids_[static_cast<std::size_t>(g)];
+            std::fill_n(lanes.scale, kRows, 1.0F);
+            for (std::int64_t r = 0; r < rows_; ++r) {
+                lanes.scale[r] = to_float(p_.scales[(row_ + r) * groups + g]);
+                lanes.zero[r] = static_cast<float>(p_.zeros[(row_ + r) * groups + g]);
+            }
         }
+    }
+
+    const GridLanes& grid_of(std::int64_t column) const {
+        return p_.groups == nullptr ? grids_.front() : grids_[static_cast<std::size_t>(p_.groups[column])];
     }
 
     void walk(std::int64_t begin, std::int64_t column, std::int64_t stop) {
@@ -174,7 +194,7 @@ private:
             const float* row = p_.factor + j * p_.columns;
             const double importance = double{row[j]} * double{row[j]};
             float* errors = errors_.data() + j * kRows;
-            quantize_column(pushes_.data() + lanes, weights_.data() + lanes, lanes_, max_code, importance,
+            quantize_column(pushes_.data() + lanes, weights_.data() + lanes, grid_of(j), max_code, importance,
                             errors, codes_.data() + lanes, loss_);
             feed_forward(errors, row + j + 1, stop - j - 1, pushes_.data() + lanes + kRows);
         }
@@ -195,12 +215,32 @@ private:
     // [128][64]: what errors so far add to the block's targets; beside the weights, since it is as small as
     // the errors and would lose its last bits to each sum with them.
     std::vector<float> pushes_;
-    std::vector<float> continued_;      // [group][64]
+    std::vector<float> continued_;      // [group][64], then S
     std::vector<float> group_weights_;  // [group][64], of a group wider than its block
     std::vector<std::uint8_t> codes_;   // [128][64]
-    Lanes lanes_{};
+    std::vector<GridLanes> grids_;      // of the current group, or of all groups when they are given
     double loss_[kRows] = {};
 };
+
+void solve_all(ConstTensorView weights, ConstTensorView factor, const QuantizationGrid& grid,
+               const std::int32_t* groups, QuantizedViews out, TensorView loss) {
+    const Problem problem{weights.data<float>(),
+                          factor.data<float>(),
+                          weights.extent(0),
+                          weights.extent(1),
+                          grid,
+                          groups,
+                          out.codes.data<std::uint8_t>(),
+                          out.scales.data<Half>(),
+                          out.zeros.data<std::uint8_t>(),
+                          loss.data<float>()};
+#pragma omp parallel
+    {
+        RowBlockSolver solver(problem);
+#pragma omp for schedule(dynamic, 1)
+        for (std::int64_t row = 0; row < problem.rows; row += kRows) solver.solve(row);
+    }
+}
 
 }  // namespace
 
@@ -211,20 +251,37 @@ std::size_t CpuBackend::solve_workspace(std::int64_t, std::int64_t columns, cons
 void CpuBackend::gptq_solve(ConstTensorView weights, ConstTensorView factor, const QuantizationGrid& grid,
                             QuantizedViews out, TensorView loss) {
     require_solve_operands(weights, factor, grid, out, loss);
-    const Problem problem{weights.data<float>(),
-                          factor.data<float>(),
-                          weights.extent(0),
-                          weights.extent(1),
-                          grid,
-                          out.codes.data<std::uint8_t>(),
-                          out.scales.data<Half>(),
-                          out.zeros.data<std::uint8_t>(),
-                          loss.data<float>()};
-#pragma omp parallel
-    {
-        RowBlockSolver solver(problem);
-#pragma omp for schedule(dynamic, 1)
-        for (std::int64_t row = 0; row < problem.rows; row += kRows) solver.solve(row);
+    solve_all(weights, factor, grid, nullptr, out, loss);
+}
+
+void CpuBackend::gptq_solve_static(ConstTensorView weights, ConstTensorView factor,
+                                   std::span<const std::int32_t> groups, const QuantizationGrid& grid,
+                                   QuantizedViews quantized, TensorView loss) {
+    require_solve_operands(weights, factor, grid, quantized, loss);
+    require_group_index(groups, grid, weights.extent(1));
+    solve_all(weights, factor, grid, groups.data(), quantized, loss);
+}
+
+void CpuBackend::choose_grids(ConstTensorView weights, std::span<const float> importance,
+                              const QuantizationGrid& grid, QuantizedViews out) {
+    require_grid_operands(weights, importance, grid, out);
+    const std::int64_t rows = weights.extent(0);
+    const std::int64_t columns = weights.extent(1);
+    const std::int64_t groups = grid.groups(columns);
+    const std::vector<float> alike(importance.empty() ? static_cast<std::size_t>(columns) : 0, 1.0F);
+    const float* column_importance = importance.empty() ? alike.data() : importance.data();
+#pragma omp parallel for schedule(dynamic, 1)
+    for (std::int64_t row = 0; row < rows; row += kRows) {
+        const std::int64_t count = std::min(kRows, rows - row);
+        std::vector<float> group;
+        for (std::int64_t g = 0; g < groups; ++g) {
+            const std::int64_t first = g * grid.group_size;
+            const std::int64_t width = std::min(grid.group_size, columns - first);
+            group.resize(static_cast<std::size_t>(width * kRows));
+            transpose(weights.data<float>() + row * columns + first, columns, count, width, group.data());
+            store_grid(choose_grid_lanes(group.data(), width, column_importance + first, grid), row, count, g,
+                       groups, out.scales.data<Half>(), out.zeros.data<std::uint8_t>());
+        }
     }
 }
 

@@ -26,6 +26,24 @@ inline float vector_exp(float x) {
     return p * std::bit_cast<float>((std::bit_cast<std::uint32_t>(shifted) << 23U) + 0x3F800000U);
 }
 
+// The natural logarithm of x >= 0 within 3e-7, absolutely where |log x| < 1, else relatively; what is below
+// 1e-37 counts as that.
+inline float vector_log(float x) {
+    x = std::max(x, 1e-37F);
+    // m in [sqrt(1/2), sqrt(2)): the exponent is taken from the bits so shifted.
+    const std::uint32_t bits = std::bit_cast<std::uint32_t>(x) - 0x3F3504F3U;
+    const auto exponent = static_cast<float>(static_cast<std::int32_t>(bits) >> 23);
+    const float m = std::bit_cast<float>((bits & 0x007FFFFFU) + 0x3F3504F3U);
+    const float t = (m - 1.0F) / (m + 1.0F);  // log m = 2 artanh t, |t| < 0.172
+    const float square = t * t;
+    float p = 1.0F / 9;
+    p = p * square + 1.0F / 7;
+    p = p * square + 1.0F / 5;
+    p = p * square + 1.0F / 3;
+    p = p * square + 1.0F;
+    return exponent * 0.693147182F + 2.0F * t * p;
+}
+
 // e^x within 4 ulp for −708 <= x <= 709; arguments beyond are taken as those bounds.
 inline double vector_exp(double x) {
     constexpr double kShift = 0x1.8p52;

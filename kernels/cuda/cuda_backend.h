@@ -86,6 +86,11 @@ public:
     std::vector<double> squared_distance(ConstTensorView a, ConstTensorView b) override;
     void gptq_solve(ConstTensorView weights, ConstTensorView factor, const QuantizationGrid& grid,
                     QuantizedViews out, TensorView loss) override;
+    void choose_grids(ConstTensorView weights, std::span<const float> importance,
+                      const QuantizationGrid& grid, QuantizedViews out) override;
+    void gptq_solve_static(ConstTensorView weights, ConstTensorView factor,
+                           std::span<const std::int32_t> groups, const QuantizationGrid& grid,
+                           QuantizedViews quantized, TensorView loss) override;
     void dequantize(ConstQuantizedViews quantized, std::span<const std::int32_t> g_idx,
                     TensorView out) override;
     void mirror_triangle(TensorView h) override;

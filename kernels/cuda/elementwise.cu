@@ -345,6 +345,9 @@ void permute_columns(const void* x, DType dtype, const std::int32_t* order, std:
     if (dtype == DType::f32) {
         permute_columns_kernel<<<grid, kThreads, 0, stream>>>(static_cast<const float*>(x), order, columns,
                                                               static_cast<float*>(out));
+    } else if (dtype == DType::f16) {
+        permute_columns_kernel<<<grid, kThreads, 0, stream>>>(static_cast<const __half*>(x), order, columns,
+                                                              static_cast<__half*>(out));
     } else {
         permute_columns_kernel<<<grid, kThreads, 0, stream>>>(static_cast<const std::uint8_t*>(x), order,
                                                               columns, static_cast<std::uint8_t*>(out));

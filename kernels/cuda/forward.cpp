@@ -168,7 +168,8 @@ void CudaBackend::permute_columns(ConstTensorView x, std::span<const std::int32_
     const std::int64_t rows = x.shape().rank() == 2 ? x.extent(0) : 0;
     const auto columns = static_cast<std::int64_t>(order.size());
     require_operands(is(x, out.dtype(), {rows, columns}) && out.shape() == x.shape() &&
-                         (x.dtype() == DType::f32 || x.dtype() == DType::u8) && x.bytes() != out.bytes(),
+                         (x.dtype() == DType::f32 || x.dtype() == DType::f16 || x.dtype() == DType::u8) &&
+                         x.bytes() != out.bytes(),
                      "permute_columns", {x, out});
     require_below(order, columns, "permute_columns: column");
     const Tensor device_order = upload(order, "column order");

@@ -77,6 +77,14 @@ public:
                     TensorView) override {
         unused();
     }
+    void choose_grids(ConstTensorView, std::span<const float>, const QuantizationGrid&,
+                      QuantizedViews) override {
+        unused();
+    }
+    void gptq_solve_static(ConstTensorView, ConstTensorView, std::span<const std::int32_t>,
+                           const QuantizationGrid&, QuantizedViews, TensorView) override {
+        unused();
+    }
     void dequantize(ConstQuantizedViews, std::span<const std::int32_t>, TensorView) override { unused(); }
     void mirror_triangle(TensorView) override { unused(); }
     void quadratic_loss(ConstTensorView, ConstTensorView, const QuantizationGrid&, QuantizedViews,

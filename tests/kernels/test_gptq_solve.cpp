@@ -49,10 +49,15 @@ Matrix inverse(const Matrix& a, std::size_t n) {
     return result;
 }
 
+enum class Measure { range, power, weighted };  // minmax, mse, hessian
+
 struct Settings {
     int bits;
     std::size_t group_size;
     bool sym;
+    Measure measure = Measure::range;
+    bool negative = false;  // scales may be
+    int significant = 11;   // bits of a scale
 };
 
 struct Solution {
@@ -76,49 +81,131 @@ double round_like(double x, double peer, double tolerance, std::size_t& adopted)
     return peer;
 }
 
-// To binary16's normal numbers; what is below becomes the smallest, what is above the largest.
-double round_to_half(double x, double peer, std::size_t& adopted) {
+// To binary16's normal numbers of so many significant bits; what is below becomes the smallest, what is above
+// the largest.
+double round_scale(double x, double peer, int significant, std::size_t& adopted) {
     if (x < 0x1p-14) return 0x1p-14;
-    if (x > 65504.0) return 65504.0;
-    const double unit = std::ldexp(1.0, std::ilogb(x) - 10);
+    if (x > 32768 * (2 - std::ldexp(1.0, 1 - significant))) {
+        return 32768 * (2 - std::ldexp(1.0, 1 - significant));
+    }
+    const double unit = std::ldexp(1.0, std::ilogb(x) + 1 - significant);
     return unit * round_like(x / unit, peer / unit, kTie, adopted);
 }
 
-// GPTQ of w [rows, n] with the damped Hessian h; w is used up. Ties are decided as the peer did.
+struct Grid {
+    double scale;
+    double zero;
+    bool operator==(const Grid&) const = default;
+};
+
+double nearest_code(double x, const Grid& grid, double top) {
+    return std::clamp(std::nearbyint(x / grid.scale + grid.zero), 0.0, top);
+}
+
+double loss_of(const std::vector<double>& x, const std::vector<double>& importance, const Grid& grid,
+               const Settings& settings) {
+    const double top = std::pow(2.0, settings.bits) - 1;
+    double loss = 0.0;
+    for (std::size_t j = 0; j < x.size(); ++j) {
+        const double miss = std::abs(x[j] - grid.scale * (nearest_code(x[j], grid, top) - grid.zero));
+        loss += settings.measure == Measure::power ? std::pow(miss, 2.4) : importance[j] * miss * miss;
+    }
+    return loss;
+}
+
+// All grids of a group, in the order in which they are tried.
+std::vector<Grid> candidates(double low, double high, const Settings& settings, const Grid& peer,
+                             std::size_t& adopted) {
+    const double top = std::pow(2.0, settings.bits) - 1;
+    std::vector<double> shares{1.0};
+    if (settings.measure == Measure::power) {
+        for (int i = 1; i < 80; ++i) shares.push_back(1.0 - i / 100.0);
+    } else if (settings.measure == Measure::weighted) {
+        shares.clear();
+        for (int i = 0; i < 33; ++i) shares.push_back(1.05 - 0.025 * i);
+    }
+    std::vector<Grid> grids;
+    for (const double share : shares) {
+        const double range = settings.sym ? 2 * std::max(-low, high) : high - low;
+        const double scale =
+            round_scale(share * range / top, std::abs(peer.scale), settings.significant, adopted);
+        if (settings.sym) {
+            const Grid grid{scale, (top + 1) / 2};
+            const Grid negative{-scale, grid.zero};
+            if (settings.measure == Measure::range) {
+                grids.push_back(settings.negative && high > -low ? negative : grid);
+                continue;
+            }
+            grids.push_back(grid);
+            if (settings.negative) grids.push_back(negative);
+            continue;
+        }
+        const double offset = -share * low / scale;
+        const double zero = std::clamp(round_like(offset, peer.zero, kBoundary, adopted), 0.0, top);
+        grids.push_back({scale, zero});
+        if (settings.bits != 2 || settings.measure == Measure::range) continue;
+        // GPTQModel: at 2 bits the other integer next to the ideal zero is tried as well.
+        const double lower = std::clamp(std::floor(offset), 0.0, top);
+        const double upper = std::clamp(std::ceil(offset), 0.0, top);
+        grids.push_back({scale, zero == lower ? upper : lower});
+    }
+    return grids;
+}
+
+// The grid of a group; the peer's where it is as good within `tolerance`.
+Grid choose(const std::vector<double>& x, const std::vector<double>& importance, const Settings& settings,
+            const Grid& peer, std::size_t& adopted) {
+    const double low = std::min(0.0, *std::min_element(x.begin(), x.end()));
+    const double high = std::max(0.0, *std::max_element(x.begin(), x.end()));
+    const std::vector<Grid> grids = candidates(low, high, settings, peer, adopted);
+    if (grids.size() == 1) return grids.front();
+    const double tolerance = 1e-5 * std::pow(2.0, settings.bits);
+    std::vector<double> losses;
+    for (const Grid& grid : grids) losses.push_back(loss_of(x, importance, grid, settings));
+    const auto best =
+        static_cast<std::size_t>(std::min_element(losses.begin(), losses.end()) - losses.begin());
+    for (std::size_t i = 0; i < grids.size(); ++i) {
+        if (!(grids[i] == peer) || losses[i] > losses[best] * (1 + tolerance)) continue;
+        adopted += grids[i] == grids[best] ? 0 : 1;
+        return peer;
+    }
+    return grids[best];
+}
+
+// GPTQ of w [rows, n] with the damped Hessian h; w is used up. Ties are decided as the peer did. With
+// `given`, a group for each column, scales and zeros are the peer's.
 Solution gptq(std::vector<double> w, const Matrix& h, std::size_t rows, std::size_t n,
-              const Settings& settings, const Solution& peer) {
+              const Settings& settings, const Solution& peer, const std::vector<std::int32_t>& given = {}) {
     // H⁻¹ = Uᵀ·U with U upper: U = Lᵀ.
     const Matrix lower = cholesky(inverse(h, n), n);
     const auto u = [&](std::size_t i, std::size_t j) { return lower[j * n + i]; };
+    std::vector<double> importance(n);
+    for (std::size_t j = 0; j < n; ++j) importance[j] = 1.0 / (u(j, j) * u(j, j));
     const double top = std::pow(2.0, settings.bits) - 1;
     const std::size_t groups = (n + settings.group_size - 1) / settings.group_size;
-    Solution result{std::vector<int>(rows * n), std::vector<double>(rows * groups),
-                    std::vector<int>(rows * groups), std::vector<double>(rows, 0.0)};
+    Solution result{std::vector<int>(rows * n), peer.scales, peer.zeros, std::vector<double>(rows, 0.0)};
     for (std::size_t row = 0; row < rows; ++row) {
         double* x = &w[row * n];
-        double scale = 0.0;
-        double zero = 0.0;
+        Grid grid{};
         for (std::size_t j = 0; j < n; ++j) {
-            if (j % settings.group_size == 0) {
-                const std::size_t g = row * groups + j / settings.group_size;
+            const std::size_t group =
+                given.empty() ? j / settings.group_size : static_cast<std::size_t>(given[j]);
+            const std::size_t g = row * groups + group;
+            const Grid theirs{peer.scales[g], static_cast<double>(peer.zeros[g])};
+            if (!given.empty()) {
+                grid = theirs;
+            } else if (j % settings.group_size == 0) {
                 const std::size_t end = std::min(n, j + settings.group_size);
-                const double low = std::min(0.0, *std::min_element(x + j, x + end));
-                const double high = std::max(0.0, *std::max_element(x + j, x + end));
-                const double range = settings.sym ? 2 * std::max(-low, high) : high - low;
-                scale = round_to_half(range / top, peer.scales[g], result.adopted);
-                zero = (top + 1) / 2;
-                if (!settings.sym) {
-                    const double offset = round_like(-low / scale, peer.zeros[g], kBoundary, result.adopted);
-                    zero = std::clamp(offset, 0.0, top);
-                }
-                result.scales[g] = scale;
-                result.zeros[g] = static_cast<int>(zero);
+                grid = choose({x + j, x + end}, {&importance[j], &importance[0] + end}, settings, theirs,
+                              result.adopted);
+                result.scales[g] = grid.scale;
+                result.zeros[g] = static_cast<int>(grid.zero);
             }
             const double nearest =
-                round_like(x[j] / scale + zero, peer.codes[row * n + j], kBoundary, result.adopted);
+                round_like(x[j] / grid.scale + grid.zero, peer.codes[row * n + j], kBoundary, result.adopted);
             const double code = std::clamp(nearest, 0.0, top);
             result.codes[row * n + j] = static_cast<int>(code);
-            const double error = (x[j] - scale * (code - zero)) / u(j, j);
+            const double error = (x[j] - grid.scale * (code - grid.zero)) / u(j, j);
             result.loss[row] += error * error;
             for (std::size_t k = j; k < n; ++k) x[k] -= error * u(j, k);
         }
@@ -139,8 +226,13 @@ struct Problem {
     double dead_share = 0.0;   // columns whose input is always zero
     double correlation = 0.5;  // of neighbouring columns
     std::string name() const {
-        return fmt::format("R={} C={} T={} bits={} group={} {} dead={} correlation={}", rows, columns, tokens,
-                           grid.bits, grid.group_size, grid.sym ? "sym" : "asym", dead_share, correlation);
+        return fmt::format("R={} C={} T={} bits={} group={} {}{}{}{} dead={} correlation={}", rows, columns,
+                           tokens, grid.bits, grid.group_size, grid.sym ? "sym" : "asym",
+                           grid.search == ScaleSearch::mse       ? " mse"
+                           : grid.search == ScaleSearch::hessian ? " hessian"
+                                                                 : "",
+                           grid.signed_scales ? " signed" : "", grid.bf16_scales ? " bf16" : "", dead_share,
+                           correlation);
     }
 };
 
@@ -202,23 +294,35 @@ protected:
         return operands;
     }
 
-    Solution solve(const Problem& p, const Operands& operands, std::int64_t first_row,
-                   std::int64_t last_row) {
-        const std::int64_t rows = last_row - first_row;
+    Tensor factor_of(const Problem& p, const Operands& operands) {
         std::vector<float> lower = operands.hessian;
         for (std::int64_t i = 0; i < p.columns; ++i) {  // the upper triangle must not be read
             for (std::int64_t j = i + 1; j < p.columns; ++j) lower[i * p.columns + j] = NAN;
         }
         Tensor factor = upload(lower, {p.columns, p.columns});
         EXPECT_TRUE(backend().reverse_cholesky(factor));
-        Tensor weights = upload(operands.weights, {p.rows, p.columns});
+        return factor;
+    }
+
+    // With `given`, a group for each column, grids are chosen beforehand, of the columns as they lie, which
+    // `importance` weighs.
+    Solution solve(const Problem& p, const Operands& operands, std::int64_t first_row, std::int64_t last_row,
+                   const std::vector<std::int32_t>& given = {}, const std::vector<float>& importance = {}) {
+        const std::int64_t rows = last_row - first_row;
+        const Tensor factor = factor_of(p, operands);
+        const Tensor weights = upload(operands.weights, {p.rows, p.columns});
+        const ConstTensorView mine = weights.view().rows(first_row, last_row);
         const std::int64_t groups = p.grid.groups(p.columns);
         Tensor codes = backend().empty({rows, p.columns}, DType::u8, "codes");
         Tensor scales = backend().empty({rows, groups}, DType::f16, "scales");
         Tensor zeros = backend().empty({rows, groups}, DType::u8, "zeros");
         Tensor loss = backend().empty({rows}, DType::f32, "loss");
-        backend().gptq_solve(weights.view().rows(first_row, last_row), factor, p.grid, {codes, scales, zeros},
-                             loss);
+        if (given.empty()) {
+            backend().gptq_solve(mine, factor, p.grid, {codes, scales, zeros}, loss);
+        } else {
+            backend().choose_grids(mine, importance, p.grid, {{}, scales, zeros});
+            backend().gptq_solve_static(mine, factor, given, p.grid, {codes, scales, zeros}, loss);
+        }
         return {download<std::uint8_t>(codes), download<Half>(scales), download<std::uint8_t>(zeros),
                 download<float>(loss)};
     }
@@ -227,13 +331,48 @@ protected:
     void check(const Problem& p) {
         SCOPED_TRACE(p.name());
         const Operands operands = make_operands(p);
-        const Solution ours = solve(p, operands, 0, p.rows);
+        compare(p, operands, solve(p, operands, 0, p.rows), {});
+    }
+
+    // The same of groups whose grids are chosen from the original weights and whose columns lie anywhere.
+    void check_static(const Problem& p) {
+        SCOPED_TRACE(p.name() + " static");
+        const Operands operands = make_operands(p);
+        std::vector<std::int32_t> given;
+        for (std::int64_t j = 0; j < p.columns; ++j)
+            given.push_back(static_cast<std::int32_t>(j / p.grid.group_size));
+        std::shuffle(given.begin(), given.end(), random());
+        std::vector<float> importance;
+        for (std::int64_t j = 0; j < p.columns; ++j)
+            importance.push_back(std::exp(std::normal_distribution<float>()(random())));
+        const Solution ours = solve(p, operands, 0, p.rows, given, importance);
+        compare_grids(p, operands, ours, importance);
+        compare(p, operands, ours, given);
+    }
+
+    // Ties must stay rare, else adopting them would hide errors.
+    void expect_few_ties() const { EXPECT_LT(adopted_, decisions_ / 1000 + 2) << decisions_; }
+
+private:
+    static textbook::Settings settings_of(const QuantizationGrid& grid) {
+        return {grid.bits,
+                static_cast<std::size_t>(grid.group_size),
+                grid.sym,
+                grid.search == ScaleSearch::mse       ? textbook::Measure::power
+                : grid.search == ScaleSearch::hessian ? textbook::Measure::weighted
+                                                      : textbook::Measure::range,
+                grid.signed_scales,
+                grid.bf16_scales ? 8 : 11};
+    }
+
+    void compare(const Problem& p, const Operands& operands, const Solution& ours,
+                 const std::vector<std::int32_t>& given) {
         const auto columns = static_cast<std::size_t>(p.columns);
         const textbook::Solution peer = as_textbook(ours);
-        const textbook::Solution expected = textbook::gptq(
-            {operands.weights.begin(), operands.weights.end()},
-            {operands.hessian.begin(), operands.hessian.end()}, static_cast<std::size_t>(p.rows), columns,
-            {p.grid.bits, static_cast<std::size_t>(p.grid.group_size), p.grid.sym}, peer);
+        const textbook::Solution expected =
+            textbook::gptq({operands.weights.begin(), operands.weights.end()},
+                           {operands.hessian.begin(), operands.hessian.end()},
+                           static_cast<std::size_t>(p.rows), columns, settings_of(p.grid), peer, given);
         ASSERT_EQ(peer.scales, expected.scales);
         ASSERT_EQ(peer.zeros, expected.zeros);
         for (std::size_t i = 0; i < peer.codes.size(); ++i) {
@@ -247,10 +386,24 @@ protected:
         adopted_ += expected.adopted;
     }
 
-    // Ties must stay rare, else adopting them would hide errors.
-    void expect_few_ties() const { EXPECT_LT(adopted_, decisions_ / 1000 + 2) << decisions_; }
+    // Scales and zeros must be those of the original weights.
+    void compare_grids(const Problem& p, const Operands& operands, const Solution& ours,
+                       const std::vector<float>& importance) {
+        const textbook::Solution peer = as_textbook(ours);
+        const auto groups = static_cast<std::size_t>(p.grid.groups(p.columns));
+        for (std::size_t i = 0; i < peer.scales.size(); ++i) {
+            const std::int64_t first = static_cast<std::int64_t>(i % groups) * p.grid.group_size;
+            const std::int64_t last = std::min(first + p.grid.group_size, p.columns);
+            const float* row = operands.weights.data() + static_cast<std::int64_t>(i / groups) * p.columns;
+            const textbook::Grid theirs{peer.scales[i], static_cast<double>(peer.zeros[i])};
+            const textbook::Grid grid = textbook::choose(
+                {row + first, row + last}, {importance.begin() + first, importance.begin() + last},
+                settings_of(p.grid), theirs, adopted_);
+            ASSERT_EQ(theirs.scale, grid.scale) << "row " << i / groups << " group " << i % groups;
+            ASSERT_EQ(theirs.zero, grid.zero) << "row " << i / groups << " group " << i % groups;
+        }
+    }
 
-private:
     static textbook::Solution as_textbook(const Solution& ours) {
         textbook::Solution result{{ours.codes.begin(), ours.codes.end()},
                                   {},
@@ -343,6 +496,54 @@ TEST_P(GptqSolve, EqualsTheTextbookOnRandomProblems) {
     expect_few_ties();
 }
 
+// All searches of all grids that are possible.
+std::vector<QuantizationGrid> searched_grids(std::int64_t group_size) {
+    std::vector<QuantizationGrid> grids;
+    for (const int bits : {2, 3, 4, 8}) {
+        for (const ScaleSearch search : {ScaleSearch::minmax, ScaleSearch::mse, ScaleSearch::hessian}) {
+            for (const bool bf16 : {false, true}) {
+                grids.push_back({bits, group_size, false, search, false, bf16});
+                grids.push_back({bits, group_size, true, search, false, bf16});
+                grids.push_back({bits, group_size, true, search, true, bf16});
+            }
+        }
+    }
+    return grids;
+}
+
+TEST_P(GptqSolve, EqualsTheTextbookForAllScaleSearches) {
+    SCOPED_TRACE(trace());
+    for (const std::int64_t group_size : {16, 50, 160}) {  // inside blocks, not dividing, across blocks
+        for (const QuantizationGrid& grid : searched_grids(group_size)) {
+            check({integer(1, 8), integer(130, 180), 300, grid, 0.1 * static_cast<double>(integer(0, 2))});
+            if (HasFailure()) return;
+        }
+    }
+    expect_few_ties();
+}
+
+TEST_P(GptqSolve, EqualsTheTextbookForStaticGroups) {
+    SCOPED_TRACE(trace());
+    for (const QuantizationGrid& grid : searched_grids(integer(8, 64))) {
+        check_static(
+            {integer(1, 20), integer(130, 180), 300, grid, 0.1 * static_cast<double>(integer(0, 2))});
+        if (HasFailure()) return;
+    }
+    check_static({1, 256, 400, {4, 64, true, ScaleSearch::hessian, true}});
+    check_static({70, 1, 20, {4, 1, true, ScaleSearch::mse, true}});
+    check_static({70, 40, 20, {4, 128, false, ScaleSearch::hessian}});
+    expect_few_ties();
+}
+
+TEST_P(GptqSolve, SearchesOneRowAndOneColumn) {
+    SCOPED_TRACE(trace());
+    for (const QuantizationGrid& grid : searched_grids(128)) {
+        check({1, 60, 100, grid});
+        check({5, 1, 50, grid});
+        check({2, 30, 50, grid, 1.1});  // nothing but zeros
+    }
+}
+
 TEST_P(GptqSolve, RowsSplitAtTheRowBlockGiveTheSameBytes) {
     SCOPED_TRACE(trace());
     const Problem p{200, 300, 600, {4, 64, true}};
@@ -393,6 +594,13 @@ TEST_P(GptqSolve, RefusesShapesThatDoNotFit) {
     Tensor loss = backend().empty({2}, DType::f32, "loss");
     EXPECT_THROW(backend().gptq_solve(weights, factor, {4, 4, true}, {codes, scales, zeros}, loss),
                  InternalError);
+    EXPECT_THROW(backend().choose_grids(weights, {}, {4, 2, true}, {codes, scales, zeros}), InternalError);
+    Tensor square = upload(std::vector<float>(16, 1.0F), {4, 4});
+    for (const auto& groups : {std::vector<std::int32_t>{0, 0, 0}, {0, 0, 0, 1}, {0, 0, -1, 0}}) {
+        EXPECT_THROW(
+            backend().gptq_solve_static(weights, square, groups, {4, 4, true}, {codes, scales, zeros}, loss),
+            InternalError);
+    }
 }
 
 INSTANTIATE_TEST_SUITE_P(Backends, GptqSolve, ::testing::ValuesIn(built_backends()), backend_name);

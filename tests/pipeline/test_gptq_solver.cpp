@@ -165,11 +165,38 @@ TEST_F(GptqSolver, OutcomeTravelsAsAMessage) {
 }
 
 TEST_F(GptqSolver, GroupIndex) {
-    const QuantizationGrid grid{4, 2, true};
-    EXPECT_EQ(group_index({}, grid, 5), (std::vector<std::int32_t>{0, 0, 1, 1, 2}));
+    GptqOptions options{{4, 2, true}};
+    const std::vector<std::int32_t> natural{0, 0, 1, 1, 2};
+    EXPECT_EQ(group_index({}, options, 5), natural);
     FactorOutcome sorted;
-    sorted.order = {4, 0, 3, 1, 2};  // columns 4 and 0 form group 0, …
-    EXPECT_EQ(group_index(sorted, grid, 5), (std::vector<std::int32_t>{0, 1, 2, 1, 0}));
+    sorted.order = {4, 0, 3, 1, 2};
+    options.desc_act = true;  // columns 4 and 0 form group 0, …
+    EXPECT_EQ(group_index(sorted, options, 5), (std::vector<std::int32_t>{0, 1, 2, 1, 0}));
+    options.static_groups = true;
+    EXPECT_EQ(group_index(sorted, options, 5), natural);
+    options.static_groups = options.desc_act = false;
+    options.act_group_aware = true;
+    EXPECT_EQ(group_index(sorted, options, 5), natural);
+}
+
+TEST_F(GptqSolver, GroupAwareOrderSortsInsideGroupsAndGroupsByTheirLargest) {
+    GptqOptions options{{4, 3, true}};
+    options.act_group_aware = true;
+    const std::vector<std::int64_t> diagonal{5, 7, 5, 9, 30, 2, 7, 6, 1, 100, 50};
+    std::vector<std::int64_t> triangle;
+    for (std::size_t i = 0; i < diagonal.size(); ++i) {
+        triangle.insert(triangle.end(), i, 0);
+        triangle.push_back(diagonal[i]);
+    }
+    const auto order = [&] {
+        return factor(triangle, static_cast<std::int64_t>(diagonal.size()), options).outcome.order;
+    };
+    // Equals keep their order; the short last group, whatever it holds, stays as it is.
+    EXPECT_EQ(order(), (std::vector<std::int32_t>{4, 3, 5, 1, 0, 2, 6, 7, 8, 9, 10}));
+    options.grid.group_size = 11;  // one group a row
+    EXPECT_EQ(order(), (std::vector<std::int32_t>{9, 10, 4, 3, 1, 6, 7, 0, 2, 5, 8}));
+    options.grid.group_size = 20;
+    EXPECT_EQ(order(), (std::vector<std::int32_t>{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10}));
 }
 
 struct Solved {
@@ -187,7 +214,7 @@ Solved solve(Backend& backend, const std::vector<float>& weights, std::int64_t r
              const std::vector<RowRange>& ranges, ConstTensorView factor, const FactorOutcome& outcome,
              const GptqOptions& options) {
     QuantizedLinear quantized(backend, rows, columns, options.grid);
-    quantized.g_idx = group_index(outcome, options.grid, columns);
+    quantized.g_idx = group_index(outcome, options, columns);
     Solved result;
     for (const RowRange& range : ranges) {
         Tensor piece = backend.empty({range.count(), columns}, DType::f32, "weights");
@@ -216,9 +243,9 @@ std::vector<float> random_weights(std::mt19937& random, std::int64_t count) {
 
 // Loss and error of rows, from the codes alone: tr((W − Q) H (W − Q)ᵀ) and |W − Q|².
 RowLosses losses_by_definition(const Solved& solved, std::vector<float> weights, std::size_t n,
-                               const Matrix& h, const FactorOutcome& outcome, const QuantizationGrid& grid) {
-    const auto g_idx = group_index(outcome, grid, static_cast<std::int64_t>(n));
-    const auto groups = static_cast<std::size_t>(grid.groups(static_cast<std::int64_t>(n)));
+                               const Matrix& h, const FactorOutcome& outcome, const GptqOptions& options) {
+    const auto g_idx = group_index(outcome, options, static_cast<std::int64_t>(n));
+    const auto groups = static_cast<std::size_t>(options.grid.groups(static_cast<std::int64_t>(n)));
     RowLosses result;
     for (std::size_t row = 0; row < weights.size() / n; ++row) {
         for (const std::int32_t dead : outcome.dead_columns)
@@ -240,26 +267,110 @@ RowLosses losses_by_definition(const Solved& solved, std::vector<float> weights,
     return result;
 }
 
+// Orders of columns, with scales of updated and of original weights.
+std::vector<GptqOptions> orders(const QuantizationGrid& grid) {
+    std::vector<GptqOptions> all;
+    for (const bool static_groups : {false, true}) {
+        GptqOptions options;
+        options.grid = grid;
+        options.static_groups = static_groups;
+        all.push_back(options);
+        options.desc_act = true;
+        all.push_back(options);
+        options.desc_act = false;
+        options.act_group_aware = true;
+        all.push_back(options);
+    }
+    return all;
+}
+
+// Grids in which each value of an option meets each value of every other.
+const std::vector<QuantizationGrid> kPairwiseGrids{
+    {2, 16, false, ScaleSearch::mse, false, true},     {2, 32, true, ScaleSearch::hessian, true, false},
+    {3, 32, true, ScaleSearch::minmax, true, true},    {3, 90, false, ScaleSearch::hessian, false, false},
+    {4, 32, false, ScaleSearch::minmax, false, true},  {4, 7, true, ScaleSearch::mse, true, false},
+    {8, 200, true, ScaleSearch::hessian, false, true}, {8, 30, true, ScaleSearch::minmax, false, false}};
+
+// The codes, scales, zeros and groups that come out have the loss that the walk found, whatever its order.
 TEST_F(GptqSolver, LossesAreThoseOfTheCodes) {
     SCOPED_TRACE(fmt::format("seed {}", seed_));
     const std::size_t n = 90;
     const std::int64_t rows = 70;
-    for (const bool desc_act : {false, true}) {
-        for (const bool sym : {false, true}) {
-            const GptqOptions options{{3, 32, sym}, desc_act, 0.05, 0.01};
+    for (const QuantizationGrid& grid : kPairwiseGrids) {
+        for (const GptqOptions& options : orders(grid)) {
+            SCOPED_TRACE(fmt::format("{} bits, groups of {}, desc_act {} group-aware {} static {}", grid.bits,
+                                     grid.group_size, options.desc_act, options.act_group_aware,
+                                     options.static_groups));
             const auto triangle = random_triangle(n, 120, {11});
             const Factored factored = factor(triangle, n, options);
             const auto weights = random_weights(random_, rows * static_cast<std::int64_t>(n));
             const Solved solved =
                 solve(*backend_, weights, rows, n, {{0, rows}}, factor_, factored.outcome, options);
             const RowLosses expected = losses_by_definition(
-                solved, weights, n, damped_hessian(triangle, n, 0.05), factored.outcome, options.grid);
+                solved, weights, n, damped_hessian(triangle, n, 0.05), factored.outcome, options);
             for (std::size_t row = 0; row < static_cast<std::size_t>(rows); ++row) {
                 EXPECT_NEAR(solved.losses.loss[row], expected.loss[row], 1e-3 * expected.loss[row]);
                 EXPECT_NEAR(solved.losses.squared_error[row], expected.squared_error[row],
                             1e-5 * expected.squared_error[row]);
             }
         }
+    }
+}
+
+// Whatever the order of the walk: scales are those of the groups as they lie.
+TEST_F(GptqSolver, StaticGroupsKeepTheScalesOfTheOriginalWeights) {
+    SCOPED_TRACE(fmt::format("seed {}", seed_));
+    const std::size_t n = 80;
+    const std::int64_t rows = 30;
+    const auto triangle = random_triangle(n, 200);
+    const auto weights = random_weights(random_, rows * static_cast<std::int64_t>(n));
+    for (const ScaleSearch search : {ScaleSearch::minmax, ScaleSearch::mse}) {
+        const QuantizationGrid grid{3, 16, true, search, true, false};
+        Tensor natural = backend_->empty({rows, static_cast<std::int64_t>(n)}, DType::f32, "weights");
+        backend_->copy_from_host(weights.data(), natural);
+        QuantizedLinear expected(*backend_, rows, static_cast<std::int64_t>(n), grid);
+        backend_->choose_grids(natural, {}, grid, expected.rows(0, rows));
+        const auto* scales = expected.scales.view().data<Half>();
+        for (const GptqOptions& options : orders(grid)) {
+            if (!options.static_groups) continue;
+            const FactorOutcome outcome = factor(triangle, n, options).outcome;
+            const Solved solved = solve(*backend_, weights, rows, n, {{0, rows}}, factor_, outcome, options);
+            EXPECT_EQ(solved.scales, std::vector<Half>(scales, scales + expected.scales.shape().count()));
+        }
+    }
+}
+
+// The same solve with columns sorted by hand, whose groups must come back to where they belong.
+TEST_F(GptqSolver, GroupAwareIsThePlainSolveOfSortedColumns) {
+    SCOPED_TRACE(fmt::format("seed {}", seed_));
+    const std::size_t n = 64, size = 16;
+    const std::int64_t rows = 20;
+    const auto triangle = random_triangle(n, 200);
+    const auto weights = random_weights(random_, rows * static_cast<std::int64_t>(n));
+    GptqOptions options{{3, 16, true, ScaleSearch::hessian, true, true}};
+    options.act_group_aware = true;
+    const FactorOutcome outcome = factor(triangle, n, options).outcome;
+    const Solved got = solve(*backend_, weights, rows, n, {{0, rows}}, factor_, outcome, options);
+
+    std::vector<std::int64_t> sorted_triangle;
+    std::vector<float> sorted_weights;
+    for (std::size_t i = 0; i < n; ++i) {
+        for (std::size_t j = 0; j <= i; ++j) {
+            sorted_triangle.push_back(std::llround(at(triangle, static_cast<std::size_t>(outcome.order[i]),
+                                                      static_cast<std::size_t>(outcome.order[j]))));
+        }
+    }
+    for (std::size_t k = 0; k < weights.size(); ++k) {
+        sorted_weights.push_back(weights[k / n * n + static_cast<std::size_t>(outcome.order[k % n])]);
+    }
+    options.act_group_aware = false;
+    const FactorOutcome natural = factor(sorted_triangle, n, options).outcome;
+    const Solved expected = solve(*backend_, sorted_weights, rows, n, {{0, rows}}, factor_, natural, options);
+    for (std::size_t k = 0; k < got.codes.size(); ++k) {
+        const auto column = static_cast<std::size_t>(outcome.order[k % n]);
+        EXPECT_EQ(got.codes[k / n * n + column], expected.codes[k]);
+        EXPECT_EQ(got.scales[k / n * (n / size) + column / size],
+                  expected.scales[k / n * (n / size) + k % n / size]);
     }
 }
 
