@@ -29,30 +29,33 @@ double busiest_tokens(const PlannedWork& work, int ranks) {
     return busiest;
 }
 
-// Bytes that pass a rank for one block: Hessians summed, factors and codes spread.
-double bytes_between_ranks(const ModelGraph& graph, bool rows_travel) {
+// Bytes that pass a rank for one block: Hessians (and what error propagation needs) summed, factors and codes spread.
+double bytes_between_ranks(const ModelGraph& graph, bool rows_travel, bool error_propagation) {
     double bytes = 0.0;
     for (const Stage& stage : graph.stages) {
         const auto n = static_cast<double>(stage.group.columns());
         const auto rows = static_cast<double>(stage.group.rows());
         bytes += n * (n + 1.0) / 2.0 * 8.0 + n * n * 4.0 + (rows_travel ? rows * n : 0.0);
+        if (error_propagation) bytes += n * n * 8.0;
     }
     return bytes;
 }
 
 BlockTime block_time(const PlannedWork& work, const World& world, const Rates& rates, int row_ranks,
-                     bool true_sequential) {
+                     bool true_sequential, bool error_propagation) {
     const int ranks = world.size();
     const double tokens = busiest_tokens(work, ranks);
     const auto length = static_cast<double>(limits_of(work.shards).length);
     BlockTime time;
     std::vector<double> factors;
-    const double passes = true_sequential ? 1.0 : 2.0;
+    const double passes = (true_sequential ? 1.0 : 2.0) + (error_propagation ? 1.0 : 0.0);
     for (const StageWork& stage : stage_work(*work.graph, length)) {
         time.forward += passes * tokens * (stage.forward / rates.forward + stage.attention / rates.attention);
-        time.hessian += tokens * stage.hessian / rates.hessian;
+        time.hessian +=
+            (error_propagation ? kPropagatedHessian : 1.0) * tokens * stage.hessian / rates.hessian;
         factors.push_back(stage.factor / rates.factor);
-        time.solve += stage.solve / rates.solve / row_ranks;
+        time.solve +=
+            (error_propagation ? kPropagatedSolve : 1.0) * stage.solve / rates.solve / row_ranks;
     }
     time.factor = std::accumulate(factors.begin(), factors.end(), 0.0);
     if (!true_sequential) {
@@ -64,7 +67,7 @@ BlockTime block_time(const PlannedWork& work, const World& world, const Rates& r
     }
     if (ranks > 1) {
         const double carries = world.host_count() > 1 ? rates.network : rates.link;
-        time.network = bytes_between_ranks(*work.graph, row_ranks > 1) / carries;
+        time.network = bytes_between_ranks(*work.graph, row_ranks > 1, error_propagation) / carries;
     }
     return time;
 }
@@ -84,12 +87,12 @@ std::string share_text(double part, double whole) { return fmt::format("{:.0f}%"
 }  // namespace
 
 Forecast forecast_quantized(const PlannedWork& work, const World& world, const Rates& rates,
-                            const LayerPlan& layers, bool true_sequential) {
+                            const LayerPlan& layers, bool true_sequential, bool error_propagation) {
     const double blocks = work.graph->blocks;
     const auto row_ranks = static_cast<int>(layers.groups.front().size());
-    const BlockTime block = block_time(work, world, rates, row_ranks, true_sequential);
+    const BlockTime block = block_time(work, world, rates, row_ranks, true_sequential, error_propagation);
     const World one = imagine_world(1, 1, 0);
-    const BlockTime alone = block_time(work, one, rates, 1, true_sequential);
+    const BlockTime alone = block_time(work, one, rates, 1, true_sequential, error_propagation);
     // Reading hides behind computing; the first block and the output's tail do not.
     const double io = (work.read_bytes / blocks + work.written_bytes / world.host_count()) / rates.disk;
 
@@ -171,7 +174,8 @@ Forecast forecast(const PreparedJob& job, const PlannedWork& work, const World& 
                   const LayerPlan& layers) {
     const QuantizationSpec& spec = job.spec.quantization;
     if (spec.propagate == "original") return forecast_original(work, world, rates, layers);
-    return forecast_quantized(work, world, rates, layers, spec.true_sequential);
+    return forecast_quantized(work, world, rates, layers, spec.true_sequential,
+                              spec.error_propagation_alpha > 0.0);
 }
 
 }  // namespace quantmill
