@@ -3,6 +3,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <initializer_list>
+#include <span>
 #include <string>
 #include <string_view>
 
@@ -55,6 +56,19 @@ inline void require_solve_operands(const ConstTensorView& weights, const ConstTe
             is(out.codes, DType::u8, {rows, columns}) && is(out.scales, DType::f16, {rows, groups}) &&
             is(out.zeros, DType::u8, {rows, groups}) && is(loss, DType::f32, {rows}),
         "gptq_solve", {weights, factor, out.codes, out.scales, out.zeros, loss});
+}
+
+inline void require_propagate_operands(const ConstTensorView& weights, const ConstTensorView& d,
+                                       const ConstTensorView& factor, std::span<const std::int32_t> order,
+                                       const TensorView& target) {
+    const bool matrix = weights.shape().rank() == 2;
+    const std::int64_t rows = matrix ? weights.extent(0) : 0;
+    const std::int64_t columns = matrix ? weights.extent(1) : 0;
+    const Shape square{columns, columns};
+    require_operands(matrix && is(weights, DType::f32, {rows, columns}) && is(d, DType::f32, square) &&
+                         is(factor, DType::f32, square) && is(target, DType::f32, {rows, columns}) &&
+                         (order.empty() || static_cast<std::int64_t>(order.size()) == columns),
+                     "propagate_error", {weights, d, factor, target});
 }
 
 inline constexpr std::int64_t kPackedRun = 32;  // codes of one row that fill `bits` whole words

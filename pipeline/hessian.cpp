@@ -59,8 +59,8 @@ void ShardAccumulator::from_fixed_point(ConstTensorView sum, const FixedPointExp
 Tensor& ShardAccumulator::level(int index) {
     Tensor& sum = sums_.at(static_cast<std::size_t>(index));
     if (sum.empty()) {
-        const Shape shape = elements_ == Elements::all ? Shape{columns_, columns_}
-                                                       : Shape{columns_ * (columns_ + 1) / 2};
+        const Shape shape =
+            elements_ == Elements::all ? Shape{columns_, columns_} : Shape{columns_ * (columns_ + 1) / 2};
         sum = backend_.empty(shape, DType::i64, "fixed-point sum over batch shards");
         backend_.zero(sum);
     }

@@ -29,7 +29,8 @@ double busiest_tokens(const PlannedWork& work, int ranks) {
     return busiest;
 }
 
-// Bytes that pass a rank for one block: Hessians (and what error propagation needs) summed, factors and codes spread.
+// Bytes that pass a rank for one block: Hessians (and what error propagation needs) summed, factors and codes
+// spread.
 double bytes_between_ranks(const ModelGraph& graph, bool rows_travel, bool error_propagation) {
     double bytes = 0.0;
     for (const Stage& stage : graph.stages) {
@@ -54,8 +55,7 @@ BlockTime block_time(const PlannedWork& work, const World& world, const Rates& r
         time.hessian +=
             (error_propagation ? kPropagatedHessian : 1.0) * tokens * stage.hessian / rates.hessian;
         factors.push_back(stage.factor / rates.factor);
-        time.solve +=
-            (error_propagation ? kPropagatedSolve : 1.0) * stage.solve / rates.solve / row_ranks;
+        time.solve += (error_propagation ? kPropagatedSolve : 1.0) * stage.solve / rates.solve / row_ranks;
     }
     time.factor = std::accumulate(factors.begin(), factors.end(), 0.0);
     if (!true_sequential) {

@@ -84,8 +84,8 @@ std::vector<LinearReport> gather_linears(const ModelGraph& graph, Control& contr
     for (const LinearReport& l : own) {
         mine.push_back({l.module, l.block, l.group, l.rows, l.columns, l.bits, l.group_size, l.loss,
                         l.mean_squared_error, l.tokens, l.damp_percent, l.dead_columns, l.fallback,
-                        l.error_propagation_alpha, l.forward_seconds, l.hessian_seconds, l.factor_seconds, l.solve_seconds,
-                        l.io_seconds});
+                        l.error_propagation_alpha, l.forward_seconds, l.hessian_seconds, l.factor_seconds,
+                        l.solve_seconds, l.io_seconds});
     }
     std::map<std::string, LinearReport> found;
     for (const std::string& message : control.all_gather(mine.dump())) {

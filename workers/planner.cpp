@@ -74,9 +74,7 @@ PlannedCalibration describe_calibration(const PreparedJob& job) {
     return calibration;
 }
 
-bool propagates_error(const PreparedJob& job) {
-    return job.spec.quantization.error_propagation_alpha > 0.0;
-}
+bool propagates_error(const PreparedJob& job) { return job.spec.quantization.error_propagation_alpha > 0.0; }
 
 // What a rank holds at once in one stage of a block, beside activations and weights.
 struct StageMemory {
@@ -169,7 +167,8 @@ PlannedRank with_activations(const PreparedJob& job, const Backend& backend, int
     const std::int64_t batch = limits_of(job.shards).tokens;
     const std::uint64_t paths = propagates_error(job) ? 2 : 1;
     const auto bytes_of = [&](std::int64_t tokens) -> std::uint64_t {
-        return paths * CalibrationBatches::bytes(job.graph, tokens, backend.activation_dtype(), keeps_carried);
+        return paths *
+               CalibrationBatches::bytes(job.graph, tokens, backend.activation_dtype(), keeps_carried);
     };
     rank.memory = fixed_memory(job, backend, world_size, row_ranks);
     if (!keeps_carried) {
@@ -370,15 +369,16 @@ PlannedTime estimate_time(const PreparedJob& job, double gflops, const Backend& 
     for (const Stage& stage : job.graph.stages) {
         const auto n = static_cast<double>(stage.group.columns());
         const auto rows = static_cast<double>(stage.group.rows());
-        time.hessian += (errors ? kPropagatedHessian : 1.0) * blocks * busiest * n * n / (rate * share.hessian);
+        time.hessian +=
+            (errors ? kPropagatedHessian : 1.0) * blocks * busiest * n * n / (rate * share.hessian);
         time.factor += blocks * (n * n * n / 3.0 / (rate * share.factor) + n * share.seconds_per_column);
-        time.solve += (errors ? kPropagatedSolve : 1.0) * blocks * rows * n * n /
-                      (rate * share.solve * row_ranks);
+        time.solve +=
+            (errors ? kPropagatedSolve : 1.0) * blocks * rows * n * n / (rate * share.solve * row_ranks);
     }
-    const double streamed_bytes = blocks * static_cast<double>(streamed) *
-                                  static_cast<double>(size_of(backend.activation_dtype())) *
-                                  static_cast<double>(streamed_elements(
-                                      job.graph, !recomputes && job.spec.quantization.true_sequential, errors));
+    const double streamed_bytes =
+        blocks * static_cast<double>(streamed) * static_cast<double>(size_of(backend.activation_dtype())) *
+        static_cast<double>(
+            streamed_elements(job.graph, !recomputes && job.spec.quantization.true_sequential, errors));
     // Reading and writing hide behind computing as far as that lasts; the first block and the output's tail
     // do not.
     const double computing = time.total();

@@ -86,7 +86,7 @@ private:
     BlockForward forward_;
     std::optional<CalibrationBatches> original_batches_;  // of the original path, with error propagation
     Tensor original_norm_;  // [largest micro-batch, hidden_size]: an input of the original path
-    Tensor trial_hidden_;  // [largest micro-batch, hidden_size]: a block run ahead without moving `hidden`
+    Tensor trial_hidden_;   // [largest micro-batch, hidden_size]: a block run ahead without moving `hidden`
     StageClock clock_;
 };
 

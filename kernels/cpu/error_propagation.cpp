@@ -33,7 +33,8 @@ public:
                   {d_ + j, columns_}, 0.0F, y.data() + j, columns_);
         }
         for (std::int64_t r = 0; r < rows; ++r) {
-            for (std::int64_t j = 0; j < columns_; ++j) ordered[r * columns_ + j] = y[r * columns_ + order_[j]];
+            for (std::int64_t j = 0; j < columns_; ++j)
+                ordered[r * columns_ + j] = y[r * columns_ + order_[j]];
         }
         solve(CblasTrans, rows, ordered.data());
         for (std::int64_t r = 0; r < rows; ++r) {
@@ -73,14 +74,9 @@ std::size_t CpuBackend::propagate_workspace(std::int64_t, std::int64_t columns) 
 
 void CpuBackend::propagate_error(ConstTensorView weights, ConstTensorView d, ConstTensorView factor,
                                  std::span<const std::int32_t> order, float alpha, TensorView target) {
-    const bool matrix = weights.shape().rank() == 2;
-    const std::int64_t rows = matrix ? weights.extent(0) : 0;
-    const std::int64_t columns = matrix ? weights.extent(1) : 0;
-    require_operands(matrix && is(weights, DType::f32, {rows, columns}) &&
-                         is(d, DType::f32, {columns, columns}) && is(factor, DType::f32, {columns, columns}) &&
-                         is(target, DType::f32, {rows, columns}) &&
-                         (order.empty() || static_cast<std::int64_t>(order.size()) == columns),
-                     "propagate_error", {weights, d, factor, target});
+    require_propagate_operands(weights, d, factor, order, target);
+    const std::int64_t rows = weights.extent(0);
+    const std::int64_t columns = weights.extent(1);
     const ErrorPropagation propagation(d.data<float>(), factor.data<float>(), columns, order, alpha);
     const auto* weight_data = weights.data<float>();
     auto* target_data = target.data<float>();

@@ -45,8 +45,9 @@ std::int64_t add_row(const float* values, std::int64_t count, double power, cons
 
 void require_all_fit(std::int64_t misfits, std::string_view operation) {
     if (misfits == 0) return;
-    throw InternalError("{}: {} of the values are not finite or exceed the headroom of the fixed-point scales",
-                        operation, misfits);
+    throw InternalError(
+        "{}: {} of the values are not finite or exceed the headroom of the fixed-point scales", operation,
+        misfits);
 }
 
 // Begins of the triangle's tiles, the most expensive (off the diagonal) first so that threads end together.
@@ -226,7 +227,8 @@ void CpuBackend::from_fixed_point_full(ConstTensorView sum, std::span<const std:
 #pragma omp parallel for schedule(static, 16)
     for (std::int64_t i = 0; i < order; ++i) {
         for (std::int64_t j = 0; j < order; ++j) {
-            const double value = factor * static_cast<double>(sum_data[i * order + j]) * powers[i] * powers[j];
+            const double value =
+                factor * static_cast<double>(sum_data[i * order + j]) * powers[i] * powers[j];
             d_data[i * order + j] = static_cast<float>(value);
         }
     }
