@@ -30,6 +30,7 @@ ordered_json fields(const LinearReport& linear) {
             {"damp_percent", linear.damp_percent},
             {"dead_columns", linear.dead_columns},
             {"fallback", linear.fallback},
+            {"error_propagation_alpha", linear.error_propagation_alpha},
             {"forward_seconds", linear.forward_seconds},
             {"hessian_seconds", linear.hessian_seconds},
             {"factor_seconds", linear.factor_seconds},

@@ -26,6 +26,7 @@ struct LinearReport {
     double damp_percent = 0.0;        // used in the end
     std::int64_t dead_columns = 0;
     std::string fallback;  // empty, fallback_damping or fallback_rounding
+    double error_propagation_alpha = 0.0;  // 0: none, also where it was rounded to nearest
     double forward_seconds = 0.0, hessian_seconds = 0.0, factor_seconds = 0.0, solve_seconds = 0.0,
            io_seconds = 0.0;
 };

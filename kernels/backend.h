@@ -143,26 +143,30 @@ public:
     // Lower triangle of h[i, j] = factor · sum[i(i+1)/2 + j] · 2^−(exponents[i] + exponents[j]).
     virtual void from_fixed_point(ConstTensorView sum, std::span<const std::int32_t> exponents, double factor,
                                   TensorView h) = 0;
-    // Error propagation: all of d += (original − x)ᵀ · x; original, x [T, C] activation dtype, d f32 [C, C].
-    virtual void accumulate_cross(ConstTensorView, ConstTensorView, TensorView) {
-        throw InternalError("accumulate_cross is not built");
-    }
-    // The same fixed point for all of a matrix that is not symmetric; sum i64 [C, C].
-    virtual void add_fixed_point_full(ConstTensorView, std::span<const std::int32_t>, TensorView) {
-        throw InternalError("add_fixed_point_full is not built");
-    }
-    virtual void from_fixed_point_full(ConstTensorView, std::span<const std::int32_t>, double, TensorView) {
-        throw InternalError("from_fixed_point_full is not built");
-    }
-    // weights += alpha · weights · d · (R·Rᵀ)⁻¹; weights f32 [R, C], d f32 [C, C], factor as reverse_cholesky
-    // left it, columns of all three in the same order.
-    virtual void propagate_error(ConstTensorView, ConstTensorView, float, TensorView) {
-        throw InternalError("propagate_error is not built");
-    }
     // h[i, j] of the result = source[max(p[i], p[j]), min(p[i], p[j])]: rows and columns of a symmetric
     // matrix, given and returned as a lower triangle, in the order p.
     virtual void permute_symmetric(ConstTensorView source, std::span<const std::int32_t> order,
                                    TensorView h) = 0;
+
+    // --- Error propagation (docs/quality.md): d is not symmetric, all of it counts. ---
+
+    // original −= x, rounded to the activation dtype, then d += originalᵀ·x; original, x [T, C] activation
+    // dtype, d f32 [C, C].
+    virtual void accumulate_cross(TensorView original, ConstTensorView x, TensorView d) = 0;
+    // Greatest |d[i, j]| · 2^(exponents[i] + exponents[j]); infinite when a value is not finite.
+    virtual double largest_fixed_point(ConstTensorView d, std::span<const std::int32_t> exponents) = 0;
+    // As add_fixed_point and from_fixed_point, for all elements; sum i64 [C, C].
+    virtual void add_fixed_point_full(ConstTensorView d, std::span<const std::int32_t> exponents,
+                                      TensorView sum) = 0;
+    virtual void from_fixed_point_full(ConstTensorView sum, std::span<const std::int32_t> exponents,
+                                       double factor, TensorView d) = 0;
+    // target = weights + alpha · weights · d · H⁻¹; weights, target f32 [R, C], d f32 [C, C]. factor: of
+    // reverse_cholesky for H with rows and columns in `order` (empty: as they are). Rows split as in
+    // gptq_solve.
+    virtual void propagate_error(ConstTensorView weights, ConstTensorView d, ConstTensorView factor,
+                                 std::span<const std::int32_t> order, float alpha, TensorView target) = 0;
+    // Bytes that it takes beside its operands, for plans.
+    virtual std::size_t propagate_workspace(std::int64_t rows, std::int64_t columns) const = 0;
 
     // --- GPTQ (docs/algorithm.md; Babai's nearest plane, arXiv 2507.18553). ---
 

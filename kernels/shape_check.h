@@ -3,6 +3,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <initializer_list>
+#include <span>
 #include <string>
 #include <string_view>
 
@@ -95,6 +96,19 @@ inline void require_refine_operands(const ConstTensorView& weights, const ConstT
                          is(quantized.scales, DType::f16, {rows, groups}) &&
                          is(quantized.zeros, DType::u8, {rows, groups}),
                      operation, {weights, hessian, quantized.codes, quantized.scales, quantized.zeros});
+}
+
+inline void require_propagate_operands(const ConstTensorView& weights, const ConstTensorView& d,
+                                       const ConstTensorView& factor, std::span<const std::int32_t> order,
+                                       const TensorView& target) {
+    const bool matrix = weights.shape().rank() == 2;
+    const std::int64_t rows = matrix ? weights.extent(0) : 0;
+    const std::int64_t columns = matrix ? weights.extent(1) : 0;
+    const Shape square{columns, columns};
+    require_operands(matrix && is(weights, DType::f32, {rows, columns}) && is(d, DType::f32, square) &&
+                         is(factor, DType::f32, square) && is(target, DType::f32, {rows, columns}) &&
+                         (order.empty() || static_cast<std::int64_t>(order.size()) == columns),
+                     "propagate_error", {weights, d, factor, target});
 }
 
 inline constexpr std::int64_t kPackedRun = 32;  // codes of one row that fill `bits` whole words

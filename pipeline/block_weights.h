@@ -14,9 +14,10 @@
 namespace quantmill {
 
 struct LinearWeights {
-    Tensor stored;   // [R, C] in the checkpoint's dtype; empty when the checkpoint is quantized
-    Tensor bias;     // f32 [R] or empty
-    Tensor forward;  // [R, C] activation dtype, what the forward pass multiplies with; may be empty
+    Tensor stored;    // [R, C] in the checkpoint's dtype; empty when the checkpoint is quantized
+    Tensor bias;      // f32 [R] or empty
+    Tensor forward;   // [R, C] activation dtype, what the forward pass multiplies with; may be empty
+    Tensor original;  // the same, of the original path, while a stage's turn lasts (BatchState::original)
 };
 
 struct BlockWeights {

@@ -103,7 +103,8 @@ void BlockForward::run_stage(std::size_t index, ConstTensorView input, const Blo
     const std::int64_t tokens = input.extent(0);
     for (std::size_t l = 0; l < stage.group.linears.size(); ++l) {
         const LinearWeights& linear = weights.stages[index][l];
-        backend_.linear(input, linear.forward, linear.bias, output(l, tokens, stage.group.linears[l].rows));
+        backend_.linear(input, state.original ? linear.original : linear.forward, linear.bias,
+                        output(l, tokens, stage.group.linears[l].rows));
     }
     if (stage.residual) {
         backend_.add(output(0, tokens, stage.group.rows()), state.hidden);

@@ -13,8 +13,9 @@ namespace quantmill {
 // What lives between the stages of a block for the tokens of one micro-batch.
 struct BatchState {
     const Sequences* sequences = nullptr;
-    TensorView hidden;   // [T, hidden_size], activation dtype: the residual stream
-    TensorView carried;  // [T, carried_width]: input of the next stage when it is not a norm of `hidden`
+    TensorView hidden;      // [T, hidden_size], activation dtype: the residual stream
+    TensorView carried;     // [T, carried_width]: input of the next stage when it is not a norm of `hidden`
+    bool original = false;  // on the original path: multiplies with LinearWeights::original
 };
 
 // Runs the stages of a block one at a time, so that the caller can look at a stage's input and replace its

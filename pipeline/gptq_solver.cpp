@@ -184,24 +184,40 @@ void solve_in_order(Backend& backend, ConstTensorView weights, ConstTensorView f
 
 }  // namespace
 
+double propagated_alpha(const FactorOutcome& outcome, const GptqOptions& options) {
+    return outcome.round_to_nearest ? 0.0 : options.error_propagation_alpha;
+}
+
 RowLosses solve_rows(Backend& backend, TensorView weights, RowRange range, ConstTensorView factor,
-                     const FactorOutcome& outcome, const GptqOptions& options, QuantizedLinear& quantized) {
+                     const FactorOutcome& outcome, const GptqOptions& options, QuantizedLinear& quantized,
+                     ConstTensorView cross) {
     if (range.empty()) return {};
     const std::int64_t columns = quantized.columns();
     const Shape shape{range.count(), columns};
-    if (!outcome.dead_columns.empty()) backend.zero_columns(outcome.dead_columns, weights);
+    Tensor propagated;
+    TensorView target = weights;
+    if (const double alpha = propagated_alpha(outcome, options); alpha > 0.0) {
+        // Before dead columns are cleared: on the original path they may be active.
+        propagated = backend.empty(shape, DType::f32, "weights with their input's error");
+        backend.propagate_error(weights, cross, factor, outcome.order, static_cast<float>(alpha), propagated);
+        target = propagated;
+    }
+    if (!outcome.dead_columns.empty()) {
+        backend.zero_columns(outcome.dead_columns, weights);
+        if (!propagated.empty()) backend.zero_columns(outcome.dead_columns, target);
+    }
 
     QuantizedViews out = quantized.rows(range.begin, range.end);
     Tensor loss = backend.empty({range.count()}, DType::f32, "loss of rows");
     if (options.static_groups) {
-        backend.choose_grids(weights, importance_of(backend, factor, outcome), options.grid, out);
+        backend.choose_grids(target, importance_of(backend, factor, outcome), options.grid, out);
     }
     if (outcome.order.empty()) {
-        solve_in_order(backend, weights, factor, outcome, options, out, loss);
+        solve_in_order(backend, target, factor, outcome, options, out, loss);
     } else {
         Tensor ordered = backend.empty(shape, DType::f32, "weights in the order of the walk");
         Tensor codes = backend.empty(shape, DType::u8, "codes in the order of the walk");
-        backend.permute_columns(weights, outcome.order, ordered);
+        backend.permute_columns(target, outcome.order, ordered);
         solve_in_order(backend, ordered, factor, outcome, options, {codes, out.scales, out.zeros}, loss);
         backend.permute_columns(codes, inverse(outcome.order), out.codes);
     }

@@ -19,7 +19,7 @@ struct GptqOptions {
     bool static_groups = false;    // scales from the original weights, of groups c / g
     bool refit = false;            // of scales, after the solve and each sweep
     int sweeps = 0;                // of coordinate descent over codes
-    double error_propagation_alpha = 0.0;
+    double error_propagation_alpha = 0.0;  // 0: none
 };
 
 // What the factorization found and did; all of it goes to the report.
@@ -56,9 +56,15 @@ struct RowLosses {
     std::vector<double> squared_error;  // a row: Σ_j (w_j − q_j)²
 };
 
+// The share of its input's error that a linear makes up for: none when it was rounded to nearest.
+double propagated_alpha(const FactorOutcome& outcome, const GptqOptions& options);
+
 // Quantizes rows `range` of a group into the same rows of `quantized`. weights f32 [range.count(), C] holds
-// those rows (changed: dead columns become 0); range begins at a multiple of kSolveRowBlock.
+// those rows (changed: dead columns become 0); range begins at a multiple of kSolveRowBlock. `cross` is
+// D = (2/tokens)·(X − X̃)ᵀX̃ f32 [C, C], needed when propagated_alpha is not 0: then the losses are those of
+// the target W + alpha·W·D·H⁻¹, the squared errors still those of W.
 RowLosses solve_rows(Backend& backend, TensorView weights, RowRange range, ConstTensorView factor,
-                     const FactorOutcome& outcome, const GptqOptions& options, QuantizedLinear& quantized);
+                     const FactorOutcome& outcome, const GptqOptions& options, QuantizedLinear& quantized,
+                     ConstTensorView cross = {});
 
 }  // namespace quantmill

@@ -36,83 +36,134 @@ FixedPointExponents choose_exponents(std::span<const float> diagonal) {
     return exponents;
 }
 
-HessianAccumulator::HessianAccumulator(Backend& backend, std::int64_t columns, std::int64_t shards)
-    : backend_(backend), columns_(columns), limit_(0x1p62 / static_cast<double>(shards)) {
+ShardAccumulator::ShardAccumulator(Backend& backend, std::int64_t columns, std::int64_t shards,
+                                   Elements elements)
+    : backend_(backend),
+      columns_(columns),
+      limit_(0x1p62 / static_cast<double>(shards)),
+      elements_(elements) {
     restart();
 }
 
-void HessianAccumulator::add(ConstTensorView x) { backend_.accumulate_hessian(x, open_); }
+void ShardAccumulator::add_fixed_point(const FixedPointExponents& exponents, TensorView sum) {
+    if (elements_ == Elements::all) return backend_.add_fixed_point_full(open_, exponents, sum);
+    backend_.add_fixed_point(open_, exponents, sum);
+}
 
-std::vector<float> HessianAccumulator::open_diagonal() { return backend_.read_diagonal(open_); }
+void ShardAccumulator::from_fixed_point(ConstTensorView sum, const FixedPointExponents& exponents,
+                                        double factor) {
+    if (elements_ == Elements::all) return backend_.from_fixed_point_full(sum, exponents, factor, open_);
+    backend_.from_fixed_point(sum, exponents, factor, open_);
+}
 
-Tensor& HessianAccumulator::level(int index) {
+Tensor& ShardAccumulator::level(int index) {
     Tensor& sum = sums_.at(static_cast<std::size_t>(index));
     if (sum.empty()) {
-        sum = backend_.empty({columns_ * (columns_ + 1) / 2}, DType::i64, "fixed-point Hessian");
+        const Shape shape =
+            elements_ == Elements::all ? Shape{columns_, columns_} : Shape{columns_ * (columns_ + 1) / 2};
+        sum = backend_.empty(shape, DType::i64, "fixed-point sum over batch shards");
         backend_.zero(sum);
     }
     return sum;
 }
 
-bool HessianAccumulator::close_shard(const FixedPointExponents& exponents) {
-    // |h_ij| <= sqrt(h_ii h_jj): when the diagonal fits, everything does.
-    const std::vector<float> diagonal = open_diagonal();
-    for (int index = 0; index < kLevels; ++index) {
-        const FixedPointExponents of_level = lowered(exponents, index);
-        if (!fits(diagonal, of_level, limit_)) continue;
-        backend_.add_fixed_point(open_, of_level, level(index));
-        backend_.zero(open_);
-        return true;
-    }
-    return false;
+void ShardAccumulator::close_at(int level, const FixedPointExponents& exponents) {
+    add_fixed_point(lowered(exponents, level), this->level(level));
+    backend_.zero(open_);
 }
 
-unsigned HessianAccumulator::levels() const {
+unsigned ShardAccumulator::levels() const {
     unsigned levels = 0;
     for (unsigned index = 0; index < kLevels; ++index) levels |= sums_[index].empty() ? 0U : 1U << index;
     return levels;
 }
 
-void HessianAccumulator::require_levels(unsigned levels) {
+void ShardAccumulator::require_levels(unsigned levels) {
     for (int index = 0; index < kLevels; ++index) {
         if ((levels >> static_cast<unsigned>(index) & 1U) != 0) level(index);
     }
 }
 
-void HessianAccumulator::merge_levels(FixedPointExponents& exponents) {
+void ShardAccumulator::merge_levels(FixedPointExponents& exponents) {
     const int highest = static_cast<int>(std::bit_width(levels())) - 1;
     if (highest == 0) return;
     const FixedPointExponents target = lowered(exponents, highest);
     for (int index = 0; index < highest; ++index) {
         Tensor& sum = sums_[static_cast<std::size_t>(index)];
         if (sum.empty()) continue;
-        backend_.from_fixed_point(sum, lowered(exponents, index), 1.0, open_);
-        backend_.add_fixed_point(open_, target, level(highest));
+        from_fixed_point(sum, lowered(exponents, index), 1.0);
+        add_fixed_point(target, level(highest));
         sum = {};
     }
     exponents = target;
 }
 
-TensorView HessianAccumulator::sum() {
-    if (std::popcount(levels()) != 1) throw InternalError("the levels of a Hessian have not been merged");
+TensorView ShardAccumulator::sum() {
+    if (std::popcount(levels()) != 1) throw InternalError("the levels of a sum have not been merged");
     return sums_[static_cast<std::size_t>(std::bit_width(levels()) - 1)];
 }
 
-void HessianAccumulator::release() {
+void ShardAccumulator::release() {
     open_ = {};
     sums_ = {};
 }
 
-void HessianAccumulator::restart() {
+void ShardAccumulator::restart() {
     release();
-    open_ = backend_.empty({columns_, columns_}, DType::f32, "Hessian of a batch shard");
+    open_ = backend_.empty({columns_, columns_}, DType::f32, "sum of a batch shard");
     backend_.zero(open_);
     level(0);
+}
+
+HessianAccumulator::HessianAccumulator(Backend& backend, std::int64_t columns, std::int64_t shards)
+    : ShardAccumulator(backend, columns, shards, Elements::triangle) {}
+
+void HessianAccumulator::add(ConstTensorView x) { backend().accumulate_hessian(x, open()); }
+
+std::vector<float> HessianAccumulator::open_diagonal() { return backend().read_diagonal(open()); }
+
+bool HessianAccumulator::close_shard(const FixedPointExponents& exponents) {
+    // |h_ij| <= sqrt(h_ii h_jj): when the diagonal fits, everything does.
+    const std::vector<float> diagonal = open_diagonal();
+    for (int index = 0; index < kLevels; ++index) {
+        if (!fits(diagonal, lowered(exponents, index), limit())) continue;
+        close_at(index, exponents);
+        return true;
+    }
+    return false;
 }
 
 std::size_t HessianAccumulator::bytes(std::int64_t columns) {
     const auto n = static_cast<std::size_t>(columns);
     return n * n * sizeof(float) + n * (n + 1) / 2 * sizeof(std::int64_t);
+}
+
+CrossAccumulator::CrossAccumulator(Backend& backend, std::int64_t columns, std::int64_t shards)
+    : ShardAccumulator(backend, columns, shards, Elements::all) {}
+
+void CrossAccumulator::add(TensorView original, ConstTensorView x) {
+    backend().accumulate_cross(original, x, open());
+}
+
+bool CrossAccumulator::close_shard(const FixedPointExponents& exponents) {
+    double largest = backend().largest_fixed_point(open(), exponents);
+    for (int index = 0; index < kLevels; ++index, largest *= std::ldexp(1.0, -2 * kLevelStep)) {
+        if (largest > limit()) continue;
+        close_at(index, exponents);
+        return true;
+    }
+    return false;
+}
+
+void CrossAccumulator::finish(FixedPointExponents exponents, double factor) {
+    merge_levels(exponents);
+    from_fixed_point(sum(), exponents, factor);
+    release_sums();
+}
+
+std::size_t CrossAccumulator::bytes(std::int64_t columns) {
+    const auto n = static_cast<std::size_t>(columns);
+    return n * n * (sizeof(float) + sizeof(std::int64_t));
 }
 
 }  // namespace quantmill

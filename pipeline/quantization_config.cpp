@@ -4,22 +4,26 @@ namespace quantmill {
 
 nlohmann::ordered_json to_json(const QuantizationConfig& config) {
     const std::string format(name_of(config.format));
-    return {{"bits", config.bits},
-            {"group_size", config.group_size},
-            {"desc_act", config.desc_act},
-            {"sym", config.sym},
-            {"lm_head", false},
-            {"quant_method", "gptq"},
-            {"method", "gptq"},
-            {"checkpoint_format", format},
-            {"format", format},
-            {"pack_dtype", "int32"},
-            {"dynamic", nullptr},
-            {"meta",
-             {{"quantizer", {"quantmill:" + config.version}},
-              {"damp_percent", config.damp_percent},
-              {"damp_auto_increment", config.damp_auto_increment},
-              {"true_sequential", config.true_sequential}}}};
+    nlohmann::ordered_json json{{"bits", config.bits},
+                                {"group_size", config.group_size},
+                                {"desc_act", config.desc_act},
+                                {"sym", config.sym},
+                                {"lm_head", false},
+                                {"quant_method", "gptq"},
+                                {"method", "gptq"},
+                                {"checkpoint_format", format},
+                                {"format", format},
+                                {"pack_dtype", "int32"},
+                                {"dynamic", nullptr},
+                                {"meta",
+                                 {{"quantizer", {"quantmill:" + config.version}},
+                                  {"damp_percent", config.damp_percent},
+                                  {"damp_auto_increment", config.damp_auto_increment},
+                                  {"true_sequential", config.true_sequential}}}};
+    if (config.error_propagation_alpha > 0.0) {
+        json["meta"]["error_propagation_alpha"] = config.error_propagation_alpha;
+    }
+    return json;
 }
 
 nlohmann::ordered_json quantized_config(const nlohmann::ordered_json& source,

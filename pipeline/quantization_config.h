@@ -18,6 +18,7 @@ struct QuantizationConfig {
     bool true_sequential = true;
     GptqFormat format = GptqFormat::v1;
     std::string version;  // of this program
+    double error_propagation_alpha = 0.0;
 };
 
 nlohmann::ordered_json to_json(const QuantizationConfig& config);

@@ -26,6 +26,16 @@ StateUse use_of_stages(const ModelGraph& graph, std::size_t first, std::size_t l
     return use;
 }
 
+bool keeps_result(const ModelGraph& graph, std::size_t last, bool keeps_carried) {
+    return keeps_carried || graph.stages[last - 1].residual;
+}
+
+StateUse use_of_original(const ModelGraph& graph, std::size_t first, std::size_t last, bool keeps_carried) {
+    const std::size_t begin = first_of_pass(graph, first, keeps_carried);
+    return keeps_result(graph, last, keeps_carried) ? use_of_stages(graph, begin, last)
+                                                    : use_of_input(graph, begin);
+}
+
 CalibrationBatches::CalibrationBatches(Backend& backend, const ModelGraph& graph,
                                        std::span<const BatchShard> shards,
                                        const ActivationPlacement& placement)

@@ -32,6 +32,10 @@ std::size_t first_of_pass(const ModelGraph& graph, std::size_t stage, bool keeps
 // The use of a pass that looks at the inputs of a stage, and of one that runs stages [first, last).
 StateUse use_of_input(const ModelGraph& graph, std::size_t stage);
 StateUse use_of_stages(const ModelGraph& graph, std::size_t first, std::size_t last);
+// Whether a pass that ends before stage `last` keeps what it computed, or leaves it to the next one.
+bool keeps_result(const ModelGraph& graph, std::size_t last, bool keeps_carried);
+// The use of a pass on the original path, which looks at the inputs of stages [first, last) and runs them.
+StateUse use_of_original(const ModelGraph& graph, std::size_t first, std::size_t last, bool keeps_carried);
 
 // The micro-batches that one rank owns and what it keeps of them between stages: the residual stream and, if
 // placed so, the input carried to the next stage. The first batches live in device memory, the others in

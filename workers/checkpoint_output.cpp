@@ -20,7 +20,8 @@ QuantizationConfig config_of(const JobSpec& spec) {
             q.damp_auto_increment,
             q.true_sequential,
             gptq_format_from(spec.output.format),
-            version_number()};
+            version_number(),
+            q.error_propagation_alpha};
 }
 
 std::string yes_no(bool value) { return value ? "true" : "false"; }
@@ -71,6 +72,10 @@ ModelCard card_of(const PreparedJob& job, const Report& report) {
         {"bits per weight, all overhead counted", fmt::format("{:.2f}", bits_per_weight(report.linears))},
         {"size",
          fmt::format("{} (original: {})", bytes_text(report.output_bytes), bytes_text(report.source_bytes))}};
+    if (q.error_propagation_alpha > 0.0) {
+        card.quantization.emplace_back("error_propagation_alpha",
+                                       fmt::format("{}", q.error_propagation_alpha));
+    }
     card.calibration = {{"sequences", std::to_string(report.sequences)},
                         {"sequence_length, longest", std::to_string(longest_sequence(job))},
                         {"tokens", std::to_string(report.tokens)}};

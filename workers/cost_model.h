@@ -17,6 +17,10 @@ struct StageWork {
     double solve = 0.0;
     double columns = 0.0;  // of the factor, which follow each other
 };
+// What error propagation makes of a stage's `hessian` and `solve`: (X − X̃)ᵀX̃ has no symmetry to save by, and
+// rows meet three more matrices of half or all n².
+inline constexpr double kPropagatedHessian = 3.0;
+inline constexpr double kPropagatedSolve = 5.0;
 // `length`: tokens of a sequence, for attention.
 std::vector<StageWork> stage_work(const ModelGraph& graph, double length);
 

@@ -32,30 +32,32 @@ double busiest_tokens(const PlannedWork& work, int ranks) {
 }
 
 // Hessians are summed over all ranks in a ring, factors spread from one, codes gathered from `row_ranks`.
-void exchange(const ModelGraph& graph, double ranks, double row_ranks, double bytes_per_second,
-              BlockTime& time) {
+void exchange(const ModelGraph& graph, double ranks, double row_ranks, bool error_propagation,
+              double bytes_per_second, BlockTime& time) {
     for (const Stage& stage : graph.stages) {
         const auto n = static_cast<double>(stage.group.columns());
         const auto rows = static_cast<double>(stage.group.rows());
         time.sums += 2.0 * (ranks - 1.0) / ranks * n * (n + 1.0) / 2.0 * 8.0 / bytes_per_second;
         time.factors_sent += n * n * 4.0 / bytes_per_second;
         time.rows_sent += (row_ranks - 1.0) / row_ranks * rows * n / bytes_per_second;
+        if (error_propagation) time.sums += 2.0 * (ranks - 1.0) / ranks * n * n * 8.0 / bytes_per_second;
     }
 }
 
 BlockTime block_time(const PlannedWork& work, const World& world, const Rates& rates, int row_ranks,
-                     bool true_sequential) {
+                     bool true_sequential, bool error_propagation) {
     const int ranks = world.size();
     const double tokens = busiest_tokens(work, ranks);
     const auto length = static_cast<double>(limits_of(work.shards).length);
     BlockTime time;
     std::vector<double> factors;
-    const double passes = true_sequential ? 1.0 : 2.0;
+    const double passes = (true_sequential ? 1.0 : 2.0) + (error_propagation ? 1.0 : 0.0);
     for (const StageWork& stage : stage_work(*work.graph, length)) {
         time.forward += passes * tokens * (stage.forward / rates.forward + stage.attention / rates.attention);
-        time.hessian += tokens * stage.hessian / rates.hessian;
+        time.hessian +=
+            (error_propagation ? kPropagatedHessian : 1.0) * tokens * stage.hessian / rates.hessian;
         factors.push_back(rates.factor_seconds(stage));
-        time.solve += stage.solve / rates.solve / row_ranks;
+        time.solve += (error_propagation ? kPropagatedSolve : 1.0) * stage.solve / rates.solve / row_ranks;
     }
     time.factor = std::accumulate(factors.begin(), factors.end(), 0.0);
     if (!true_sequential) {
@@ -67,7 +69,7 @@ BlockTime block_time(const PlannedWork& work, const World& world, const Rates& r
     }
     if (ranks > 1) {
         const double bytes_per_second = world.host_count() > 1 ? rates.network : rates.link;
-        exchange(*work.graph, ranks, row_ranks, bytes_per_second, time);
+        exchange(*work.graph, ranks, row_ranks, error_propagation, bytes_per_second, time);
     }
     return time;
 }
@@ -87,12 +89,12 @@ std::string share_text(double part, double whole) { return fmt::format("{:.0f}%"
 }  // namespace
 
 Forecast forecast_quantized(const PlannedWork& work, const World& world, const Rates& rates,
-                            const LayerPlan& layers, bool true_sequential) {
+                            const LayerPlan& layers, bool true_sequential, bool error_propagation) {
     const double blocks = work.graph->blocks;
     const auto row_ranks = static_cast<int>(layers.groups.front().size());
-    const BlockTime block = block_time(work, world, rates, row_ranks, true_sequential);
+    const BlockTime block = block_time(work, world, rates, row_ranks, true_sequential, error_propagation);
     const World one = imagine_world(1, 1, 0);
-    const BlockTime alone = block_time(work, one, rates, 1, true_sequential);
+    const BlockTime alone = block_time(work, one, rates, 1, true_sequential, error_propagation);
     // Reading hides behind computing; the first block and the output's tail do not.
     const double io = (work.read_bytes / blocks + work.written_bytes / world.host_count()) / rates.disk;
 
@@ -174,7 +176,8 @@ Forecast forecast(const PreparedJob& job, const PlannedWork& work, const World& 
                   const LayerPlan& layers) {
     const QuantizationSpec& spec = job.spec.quantization;
     if (spec.propagate == "original") return forecast_original(work, world, rates, layers);
-    return forecast_quantized(work, world, rates, layers, spec.true_sequential);
+    return forecast_quantized(work, world, rates, layers, spec.true_sequential,
+                              spec.error_propagation_alpha > 0.0);
 }
 
 }  // namespace quantmill

@@ -47,21 +47,26 @@ void refuse_shard(const std::string& module) {
 }
 
 void agree_on_levels(Control& control, std::vector<ReducedHessian>& hessians) {
+    std::vector<ShardAccumulator*> all;
+    for (ReducedHessian& hessian : hessians) {
+        all.push_back(&hessian.accumulator);
+        if (hessian.cross) all.push_back(&*hessian.cross);
+    }
     // A bit a level: the maximum of each bit over ranks is their union.
     std::vector<std::int64_t> present;
-    for (const ReducedHessian& hessian : hessians) {
-        for (unsigned level = 0; level < HessianAccumulator::kLevels; ++level) {
-            present.push_back(hessian.accumulator.levels() >> level & 1U);
+    for (const ShardAccumulator* accumulator : all) {
+        for (unsigned level = 0; level < ShardAccumulator::kLevels; ++level) {
+            present.push_back(accumulator->levels() >> level & 1U);
         }
     }
     present = control.all_max(present);
     auto bit = present.begin();
-    for (ReducedHessian& hessian : hessians) {
+    for (ShardAccumulator* accumulator : all) {
         unsigned levels = 0;
-        for (unsigned level = 0; level < HessianAccumulator::kLevels; ++level) {
+        for (unsigned level = 0; level < ShardAccumulator::kLevels; ++level) {
             levels |= static_cast<unsigned>(*bit++) << level;
         }
-        hessian.accumulator.require_levels(levels);
+        accumulator->require_levels(levels);
     }
 }
 
@@ -92,9 +97,13 @@ FactorOutcome GroupSolver::share(const Team& team, int owner, const FactorOutcom
     return shared;
 }
 
+void GroupSolver::finish(CrossAccumulator& cross, const FixedPointExponents& exponents) const {
+    cross.finish(exponents, 2.0 / static_cast<double>(tokens_));
+}
+
 QuantizedGroup GroupSolver::solve(const Team& team, std::size_t stage,
                                   const std::vector<LinearWeights>& weights, ConstTensorView factor,
-                                  const FactorOutcome& outcome) const {
+                                  const FactorOutcome& outcome, ConstTensorView cross) const {
     const LinearGroup& group = graph_.stages[stage].group;
     const GptqOptions options = options_for(group);
     QuantizedLinear quantized(backend_, group.rows(), group.columns(), options.grid);
@@ -103,14 +112,18 @@ QuantizedGroup GroupSolver::solve(const Team& team, std::size_t stage,
     const std::vector<RowRange> ranges = solve_ranges(group.rows(), team.control.size());
     const RowRange mine = ranges[static_cast<std::size_t>(team.control.rank())];
     Tensor rows = stored_rows(group, weights, mine);
-    const RowLosses losses = solve_rows(backend_, rows, mine, factor, outcome, options, quantized);
+    const RowLosses losses = solve_rows(backend_, rows, mine, factor, outcome, options, quantized, cross);
     team.communicator.all_gather_rows(quantized.codes, ranges);
     team.communicator.all_gather_rows(quantized.scales, ranges);
     team.communicator.all_gather_rows(quantized.zeros, ranges);
     const std::vector<double> loss = gather_rows(team.control, losses.loss);
     const std::vector<double> squared_error = gather_rows(team.control, losses.squared_error);
-    return {
-        std::move(quantized), outcome, sum_by_linear(group, loss), sum_by_linear(group, squared_error), {}};
+    return {std::move(quantized),
+            outcome,
+            sum_by_linear(group, loss),
+            sum_by_linear(group, squared_error),
+            propagated_alpha(outcome, options),
+            {}};
 }
 
 // Rows of the group's linears, one below the other, in fp32.

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -21,13 +22,14 @@ struct Team {
 struct ReducedHessian {
     HessianAccumulator accumulator;
     FixedPointExponents exponents;
+    std::optional<CrossAccumulator> cross = std::nullopt;  // with error propagation
 };
 
 // The exponents of a Hessian from the job's first shard, which is open in `accumulator`. Throws BadInput when
 // its inputs are not finite; so does refuse_shard for a later shard that no level holds.
 FixedPointExponents exponents_of_first_shard(HessianAccumulator& accumulator, const std::string& module);
 [[noreturn]] void refuse_shard(const std::string& module);
-// Gives the Hessians the levels that any rank's have. Collective.
+// Gives the Hessians, and what is beside them, the levels that any rank's have. Collective.
 void agree_on_levels(Control& control, std::vector<ReducedHessian>& hessians);
 
 // A LinearGroup after its solve; every rank that solved it holds all rows.
@@ -36,6 +38,7 @@ struct QuantizedGroup {
     FactorOutcome outcome;
     std::vector<double> loss;           // a linear
     std::vector<double> squared_error;  // a linear
+    double error_propagation_alpha;     // 0: none
     StageSeconds seconds;               // of the slowest rank
 };
 
@@ -49,9 +52,13 @@ public:
     FactorOutcome factor(int block, std::size_t stage, ReducedHessian& hessian) const;
     // Brings factor and outcome from `owner` to all ranks of the team. Collective.
     static FactorOutcome share(const Team& team, int owner, const FactorOutcome& outcome, TensorView factor);
-    // Each rank of the team solves its rows, then all have all. `factor`: as `factor()` left it. Collective.
+    // Each rank of the team solves its rows, then all have all. `factor`: as `factor()` left it, `cross`: as
+    // solve_rows takes it. Collective.
     QuantizedGroup solve(const Team& team, std::size_t stage, const std::vector<LinearWeights>& weights,
-                         ConstTensorView factor, const FactorOutcome& outcome) const;
+                         ConstTensorView factor, const FactorOutcome& outcome,
+                         ConstTensorView cross = {}) const;
+    // D of all shards from its sums, in its workspace, for solve(). `exponents`: of the Hessian's level 0.
+    void finish(CrossAccumulator& cross, const FixedPointExponents& exponents) const;
 
     // "model.layers.3.self_attn.q_proj", for messages.
     std::string module(int block, std::size_t stage) const;

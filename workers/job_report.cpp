@@ -41,6 +41,7 @@ std::vector<LinearReport> report_group(const PreparedJob& job, int block, std::s
         entry.damp_percent = result.outcome.damp_percent;
         entry.dead_columns = static_cast<std::int64_t>(result.outcome.dead_columns.size());
         entry.fallback = fallback_of(result.outcome);
+        entry.error_propagation_alpha = result.error_propagation_alpha;
         entry.forward_seconds = result.seconds.forward;
         entry.hessian_seconds = result.seconds.hessian;
         entry.factor_seconds = result.seconds.factor;
@@ -83,15 +84,15 @@ std::vector<LinearReport> gather_linears(const ModelGraph& graph, Control& contr
     for (const LinearReport& l : own) {
         mine.push_back({l.module, l.block, l.group, l.rows, l.columns, l.bits, l.group_size, l.loss,
                         l.mean_squared_error, l.tokens, l.damp_percent, l.dead_columns, l.fallback,
-                        l.forward_seconds, l.hessian_seconds, l.factor_seconds, l.solve_seconds,
-                        l.io_seconds});
+                        l.error_propagation_alpha, l.forward_seconds, l.hessian_seconds, l.factor_seconds,
+                        l.solve_seconds, l.io_seconds});
     }
     std::map<std::string, LinearReport> found;
     for (const std::string& message : control.all_gather(mine.dump())) {
         for (const auto& f : nlohmann::json::parse(message)) {
             found.emplace(f.at(0), LinearReport{f.at(0), f.at(1), f.at(2), f.at(3), f.at(4), f.at(5), f.at(6),
                                                 f.at(7), f.at(8), f.at(9), f.at(10), f.at(11), f.at(12),
-                                                f.at(13), f.at(14), f.at(15), f.at(16), f.at(17)});
+                                                f.at(13), f.at(14), f.at(15), f.at(16), f.at(17), f.at(18)});
         }
     }
     std::vector<LinearReport> ordered;

@@ -68,11 +68,14 @@ PlannedCalibration describe_calibration(const PreparedJob& job) {
     return calibration;
 }
 
+bool propagates_error(const PreparedJob& job) { return job.spec.quantization.error_propagation_alpha > 0.0; }
+
 // What a rank holds at once in one stage of a block, beside activations and weights.
 struct StageMemory {
     std::uint64_t hessian = 0;  // sum and factor
+    std::uint64_t cross = 0;    // the same of (X − X̃)ᵀX̃, with error propagation
     std::uint64_t solve = 0;    // rows, codes and workspace, or what the factorization takes
-    std::uint64_t total() const { return hessian + solve; }
+    std::uint64_t total() const { return hessian + cross + solve; }
 };
 
 StageMemory memory_of_stage(const PreparedJob& job, const Backend& backend, const LinearGroup& group,
@@ -87,9 +90,27 @@ StageMemory memory_of_stage(const PreparedJob& job, const Backend& backend, cons
     const std::uint64_t natural =
         spec.desc_act ? static_cast<std::uint64_t>(columns * columns) * sizeof(float) : 0;
     const auto codes = static_cast<std::uint64_t>(group.rows() * (columns + 3 * grid.groups(columns)));
-    const std::uint64_t solve =
-        mine + codes + std::max(order + backend.solve_workspace(rows, columns, grid), mine);
-    return {HessianAccumulator::bytes(columns), std::max(solve, natural + backend.factor_workspace(columns))};
+    std::uint64_t solve = mine + codes + std::max(order + backend.solve_workspace(rows, columns, grid), mine);
+    StageMemory memory{.hessian = HessianAccumulator::bytes(columns)};
+    if (propagates_error(job)) {
+        solve = mine + std::max(solve, mine + codes + backend.propagate_workspace(rows, columns));
+        memory.cross = CrossAccumulator::bytes(columns);
+    }
+    memory.solve = std::max(solve, natural + backend.factor_workspace(columns));
+    return memory;
+}
+
+// Of the weights that the original path multiplies with: at most those between two changes of the residual
+// stream. Without true_sequential they are those of the quantized path.
+std::uint64_t original_weights(const PreparedJob& job, std::uint64_t element) {
+    if (!propagates_error(job) || !job.spec.quantization.true_sequential) return 0;
+    std::int64_t most = 0, held = 0;
+    for (const Stage& stage : job.graph.stages) {
+        held += stage.group.rows() * stage.group.columns();
+        most = std::max(most, held);
+        if (stage.residual) held = 0;
+    }
+    return static_cast<std::uint64_t>(most) * element;
 }
 
 // What a rank holds at most, by purpose, without its calibration activations.
@@ -102,13 +123,14 @@ std::vector<NamedBytes> fixed_memory(const PreparedJob& job, const Backend& back
         size_of(dtype_from_safetensors(job.reader.find(graph.embedding).dtype).value_or(DType::f32));
     const std::uint64_t computed = size_of(backend.activation_dtype());
     StageMemory peak;
-    std::uint64_t hessians = 0;
+    std::uint64_t hessians = 0, crosses = 0;
     for (const Stage& stage : graph.stages) {
         const StageMemory memory = memory_of_stage(job, backend, stage.group, row_ranks);
         hessians += memory.hessian;
+        crosses += memory.cross;
         if (memory.total() > peak.total()) peak = memory;
     }
-    if (!spec.true_sequential) peak.hessian = hessians;
+    if (!spec.true_sequential) peak.hessian = hessians, peak.cross = crosses;
     const auto block = static_cast<std::uint64_t>(graph.block_parameters());
     const std::uint64_t weights =
         block * (spec.true_sequential ? std::max(stored, computed) : stored + computed);
@@ -122,6 +144,11 @@ std::vector<NamedBytes> fixed_memory(const PreparedJob& job, const Backend& back
         {"forward scratch", BlockForward::scratch_bytes(graph, batch, backend.activation_dtype())},
         {"Hessian and factor", peak.hessian},
         {"rows being solved", peak.solve}};
+    if (propagates_error(job)) {
+        const auto norm = static_cast<std::uint64_t>(batch * graph.hidden_size) * computed;
+        memory.push_back({"error of the inputs, with the original path's",
+                          peak.cross + norm + original_weights(job, computed)});
+    }
     if (embedding > in_block) memory.push_back({"embedding, before the blocks", embedding - in_block});
     return memory;
 }
@@ -132,14 +159,16 @@ PlannedRank with_activations(const PreparedJob& job, const Backend& backend, int
     rank.recomputes = recomputes;
     const bool keeps_carried = activations_of(job.spec, rank).keeps_carried;
     const std::int64_t batch = limits_of(job.shards).tokens;
+    const std::uint64_t paths = propagates_error(job) ? 2 : 1;
     const auto bytes_of = [&](std::int64_t tokens) -> std::uint64_t {
-        return CalibrationBatches::bytes(job.graph, tokens, backend.activation_dtype(), keeps_carried);
+        return paths *
+               CalibrationBatches::bytes(job.graph, tokens, backend.activation_dtype(), keeps_carried);
     };
     rank.memory = fixed_memory(job, backend, world_size, row_ranks);
     if (!keeps_carried) {
         const auto width = static_cast<std::uint64_t>(batch * BlockForward::carried_width(job.graph));
         rank.memory.push_back(
-            {"inputs of a stage, a micro-batch", width * size_of(backend.activation_dtype())});
+            {"inputs of a stage, a micro-batch", paths * width * size_of(backend.activation_dtype())});
     }
     rank.device_tokens = rank.tokens;
     if (!backend.host_memory()) {
@@ -288,7 +317,7 @@ double measure_gflops(const ModelGraph& graph, Control& control, Backend& backen
 }
 
 // Elements a token that a block moves between device and host when the token's activations are kept there.
-std::int64_t streamed_elements(const ModelGraph& graph, bool keeps_carried) {
+std::int64_t streamed_elements(const ModelGraph& graph, bool keeps_carried, bool original_path) {
     std::int64_t elements = 0;
     const auto count = [&](const StateUse& use) {
         elements += use.reads_carried + use.writes_carried;
@@ -297,7 +326,8 @@ std::int64_t streamed_elements(const ModelGraph& graph, bool keeps_carried) {
     for (std::size_t stage = 0; stage < graph.stages.size(); ++stage) {
         const std::size_t first = first_of_pass(graph, stage, keeps_carried);
         count(use_of_input(graph, first));
-        if (keeps_carried || graph.stages[stage].residual) count(use_of_stages(graph, first, stage + 1));
+        if (keeps_result(graph, stage + 1, keeps_carried)) count(use_of_stages(graph, first, stage + 1));
+        if (original_path) count(use_of_original(graph, stage, stage + 1, keeps_carried));
     }
     return elements;
 }
@@ -339,10 +369,16 @@ PlannedTime estimate_time(const PreparedJob& job, const PlannedTime& expected, c
     const bool keeps_carried = !recomputes || !job.spec.quantization.true_sequential;
     time.forward = passes * blocks * busiest / rates.forward *
                    forward_flops(job.graph, attention_flops * rates.forward / rates.attention, keeps_carried);
-    const double streamed_bytes = blocks * static_cast<double>(streamed) *
-                                  static_cast<double>(size_of(backend.activation_dtype())) *
-                                  static_cast<double>(streamed_elements(
-                                      job.graph, !recomputes && job.spec.quantization.true_sequential));
+    const bool errors = propagates_error(job);
+    // The original path runs every stage once.
+    if (errors) {
+        time.forward += blocks * busiest / rates.forward *
+                        forward_flops(job.graph, attention_flops * rates.forward / rates.attention, true);
+    }
+    const double streamed_bytes =
+        blocks * static_cast<double>(streamed) * static_cast<double>(size_of(backend.activation_dtype())) *
+        static_cast<double>(
+            streamed_elements(job.graph, !recomputes && job.spec.quantization.true_sequential, errors));
     // Reading and writing hide behind computing as far as that lasts; the first block and the output's tail
     // do not.
     time.io = 0.0;

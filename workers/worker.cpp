@@ -31,14 +31,19 @@ Worker::Worker(Backend& backend, Team all, Team rows, Coordinator& coordinator, 
       batches_(backend, graph, own(shards, all.control), options.activations),
       forward_(backend, graph, limits_of(shards).tokens, limits_of(shards).length),
       clock_(backend) {
+    const Shape norm{limits_of(shards).tokens, graph.hidden_size};
+    if (options.gptq.error_propagation_alpha > 0.0) {
+        original_batches_.emplace(backend, graph, own(shards, all.control), options.activations);
+        original_norm_ = backend.empty(norm, backend.activation_dtype(), "an input of the original path");
+    }
     if (!options.true_sequential) {
-        trial_hidden_ = backend.empty({limits_of(shards).tokens, graph.hidden_size},
-                                      backend.activation_dtype(), "trial hidden states");
+        trial_hidden_ = backend.empty(norm, backend.activation_dtype(), "trial hidden states");
     }
 }
 
 void Worker::embed(const std::vector<std::vector<std::int32_t>>& sequences, ConstTensorView table) {
     batches_.embed(sequences, table);
+    if (original_batches_) original_batches_->embed(sequences, table);
 }
 
 void Worker::report(int block, std::size_t stage, const char* doing) {
@@ -51,7 +56,9 @@ void Worker::quantize_block(int block, BlockWeights& weights, const StageDone& d
     if (!options_.true_sequential) return quantize_at_once(block, weights, done);
     const std::size_t stages = graph_.stages.size();
     for (std::size_t stage = 0; stage < stages; ++stage) {
+        make_originals(stage, weights);
         auto hessians = reduce_hessians(block, {stage, stage + 1}, weights);
+        drop_originals({stage, stage + 1}, weights);
         const int owner = factor_rank(block, stage, stages, all_.control.size());
         FactorOutcome outcome;
         if (all_.control.rank() == owner) outcome = factor(block, stage, hessians.front());
@@ -91,17 +98,23 @@ std::vector<ReducedHessian> Worker::reduce_hessians(int block, StageSpan stages,
                                                     const BlockWeights& weights) {
     std::vector<ReducedHessian> hessians;
     for (std::size_t stage = stages.first; stage < stages.last; ++stage) {
-        hessians.push_back(
-            {HessianAccumulator(backend_, graph_.stages[stage].group.columns(), job_shards_), {}});
+        const std::int64_t columns = graph_.stages[stage].group.columns();
+        hessians.push_back({HessianAccumulator(backend_, columns, job_shards_), {}});
+        if (original_batches_) hessians.back().cross.emplace(backend_, columns, job_shards_);
     }
-    const std::size_t first = first_of_pass(graph_, stages.first, options_.activations.keeps_carried);
-    CalibrationBatches::Pass pass(batches_, use_of_input(graph_, first));
+    const bool keeps_carried = options_.activations.keeps_carried;
+    const std::size_t first = first_of_pass(graph_, stages.first, keeps_carried);
+    Passes passes{{batches_, use_of_input(graph_, first)}, {}};
+    if (original_batches_) {
+        passes.original.emplace(*original_batches_,
+                                use_of_original(graph_, stages.first, stages.last, keeps_carried));
+    }
     clock_.start();
     // Rank 0 owns the first shard, which fixes the exponents for all.
-    if (batches_.shards() > 0) accumulate_shard(block, 0, stages, weights, pass, hessians);
+    if (batches_.shards() > 0) accumulate_shard(block, 0, stages, weights, passes, hessians);
     agree_on_exponents(block, stages, hessians);
     for (std::size_t shard = 0; shard < batches_.shards(); ++shard) {
-        if (shard > 0) accumulate_shard(block, shard, stages, weights, pass, hessians);
+        if (shard > 0) accumulate_shard(block, shard, stages, weights, passes, hessians);
         close_shard(block, stages, hessians);
     }
     report(block, stages.first, "summing Hessians over ranks");
@@ -118,21 +131,29 @@ void Worker::recompute(std::size_t stage, const BlockWeights& weights, const Bat
 }
 
 void Worker::accumulate_shard(int block, std::size_t shard, StageSpan stages, const BlockWeights& weights,
-                              CalibrationBatches::Pass& pass, std::vector<ReducedHessian>& hessians) {
+                              Passes& passes, std::vector<ReducedHessian>& hessians) {
     const bool whole_block = stages.last - stages.first > 1;
+    const bool runs = keeps_result(graph_, stages.last, options_.activations.keeps_carried);
     for (std::size_t batch = batches_.first_of(shard); batch < batches_.first_of(shard + 1); ++batch) {
         report(block, stages.first, "forward and Hessian");
-        BatchState state = pass.next();
+        BatchState state = passes.quantized.next();
+        BatchState original = passes.original ? passes.original->next() : BatchState{};
+        original.original = options_.true_sequential;  // else no linear of the block is quantized yet
         if (whole_block) {
             const TensorView trial = trial_hidden_.view().leading(state.hidden.shape());
             backend_.copy(state.hidden, trial);
             state.hidden = trial;
         }
         recompute(stages.first, weights, state);
+        if (passes.original) recompute(stages.first, weights, original);
         for (std::size_t stage = stages.first; stage < stages.last; ++stage) {
+            ReducedHessian& hessian = hessians[stage - stages.first];
+            const TensorView unquantized =
+                hessian.cross ? original_input(stage, weights, original, runs) : TensorView{};
             const TensorView input = forward_.stage_input(graph_.stages[stage], weights, state);
             clock_.lap(&StageSeconds::forward);
-            hessians[stage - stages.first].accumulator.add(input);
+            hessian.accumulator.add(input);
+            if (hessian.cross) hessian.cross->add(unquantized, input);
             clock_.lap(&StageSeconds::hessian);
             if (!whole_block || stage + 1 == stages.last) continue;
             forward_.run_stage(stage, input, weights, state);
@@ -141,11 +162,40 @@ void Worker::accumulate_shard(int block, std::size_t shard, StageSpan stages, co
     }
 }
 
+TensorView Worker::original_input(std::size_t stage, const BlockWeights& weights, const BatchState& state,
+                                  bool runs) {
+    const TensorView input = forward_.stage_input(graph_.stages[stage], weights, state);
+    if (runs) forward_.run_stage(stage, input, weights, state);
+    if (graph_.stages[stage].input != StageInput::norm) return input;
+    const TensorView kept = original_norm_.view().leading(input.shape());  // the other path norms there too
+    backend_.copy(input, kept);
+    return kept;
+}
+
+// Also what `stored` is about to lose: a later stage's pass may have to run this one again.
+void Worker::make_originals(std::size_t stage, BlockWeights& weights) {
+    if (!original_batches_) return;
+    for (LinearWeights& linear : weights.stages[stage]) {
+        linear.original = backend_.empty(linear.stored.shape(), backend_.activation_dtype(), "weights");
+        backend_.convert(linear.stored, linear.original);
+    }
+}
+
+void Worker::drop_originals(StageSpan stages, BlockWeights& weights) {
+    const bool keeps_carried = options_.activations.keeps_carried;
+    if (!keeps_result(graph_, stages.last, keeps_carried)) return;
+    const std::size_t first = first_of_pass(graph_, stages.first, keeps_carried);
+    for (std::size_t stage = first; stage < stages.last; ++stage) {
+        for (LinearWeights& linear : weights.stages[stage]) linear.original = {};
+    }
+}
+
 void Worker::close_shard(int block, StageSpan stages, std::vector<ReducedHessian>& hessians) {
     for (std::size_t i = 0; i < hessians.size(); ++i) {
-        if (!hessians[i].accumulator.close_shard(hessians[i].exponents)) {
-            refuse_shard(solver_.module(block, stages.first + i));
-        }
+        ReducedHessian& hessian = hessians[i];
+        const bool closed = hessian.accumulator.close_shard(hessian.exponents) &&
+                            (!hessian.cross || hessian.cross->close_shard(hessian.exponents));
+        if (!closed) refuse_shard(solver_.module(block, stages.first + i));
     }
     clock_.lap(&StageSeconds::hessian);
 }
@@ -165,7 +215,12 @@ void Worker::sum_over_ranks(std::vector<ReducedHessian>& hessians) {
     clock_.start();
     agree_on_levels(all_.control, hessians);
     for (ReducedHessian& hessian : hessians) {
-        hessian.accumulator.for_each_sum([&](TensorView sum) { all_.communicator.all_sum(sum); });
+        const auto sum_up = [&](TensorView sum) { all_.communicator.all_sum(sum); };
+        if (hessian.cross) {
+            hessian.cross->for_each_sum(sum_up);
+            solver_.finish(*hessian.cross, hessian.exponents);
+        }
+        hessian.accumulator.for_each_sum(sum_up);
         hessian.accumulator.merge_levels(hessian.exponents);
     }
     clock_.lap(&StageSeconds::hessian);
@@ -186,7 +241,8 @@ QuantizedGroup Worker::quantize_group(int block, std::size_t stage, int owner, F
     outcome = GroupSolver::share(all_, owner, outcome, factor);
     clock_.lap(&StageSeconds::factor);
     report(block, stage, "solving rows");
-    QuantizedGroup result = solver_.solve(rows_, stage, weights.stages[stage], factor, outcome);
+    const ConstTensorView cross = hessian.cross ? hessian.cross->workspace() : ConstTensorView{};
+    QuantizedGroup result = solver_.solve(rows_, stage, weights.stages[stage], factor, outcome, cross);
     use_quantized(stage, result.quantized, weights);
     clock_.lap(&StageSeconds::solve);
     result.seconds = clock_.take();
@@ -209,7 +265,7 @@ void Worker::use_quantized(std::size_t stage, const QuantizedLinear& quantized, 
 
 void Worker::advance(int block, StageSpan stages, const BlockWeights& weights) {
     const bool keeps_carried = options_.activations.keeps_carried;
-    if (!keeps_carried && !graph_.stages[stages.last - 1].residual) return;  // the next pass recomputes it
+    if (!keeps_result(graph_, stages.last, keeps_carried)) return;  // the next pass recomputes it
     clock_.start();
     const StateUse use =
         use_of_stages(graph_, first_of_pass(graph_, stages.first, keeps_carried), stages.last);

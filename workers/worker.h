@@ -24,7 +24,7 @@ public:
     struct Options {
         GptqOptions gptq;  // grid.group_size as in the job: -1 is one group a row
         bool true_sequential = true;
-        ActivationPlacement activations;
+        ActivationPlacement activations;  // with error propagation: of each of both paths
     };
     // `all`: the ranks that share the sequences; `rows`: those among them that share the rows. `shards`: all
     // of the job.
@@ -44,12 +44,24 @@ private:
         std::size_t first, last;
     };
 
+    // One walk over the batches of the quantized path and, with error propagation, of the original one.
+    struct Passes {
+        CalibrationBatches::Pass quantized;
+        std::optional<CalibrationBatches::Pass> original;
+    };
+
     void quantize_at_once(int block, BlockWeights& weights, const StageDone& done);
     std::vector<ReducedHessian> reduce_hessians(int block, StageSpan stages, const BlockWeights& weights);
     // Brings a batch from where the pass began to the input of `stage`.
     void recompute(std::size_t stage, const BlockWeights& weights, const BatchState& state);
     void accumulate_shard(int block, std::size_t shard, StageSpan stages, const BlockWeights& weights,
-                          CalibrationBatches::Pass& pass, std::vector<ReducedHessian>& hessians);
+                          Passes& passes, std::vector<ReducedHessian>& hessians);
+    // A stage's input on the original path, which then moves past the stage if `runs`; the caller may change
+    // it, and it is valid until the next call.
+    TensorView original_input(std::size_t stage, const BlockWeights& weights, const BatchState& state,
+                              bool runs);
+    void make_originals(std::size_t stage, BlockWeights& weights);
+    void drop_originals(StageSpan stages, BlockWeights& weights);
     void close_shard(int block, StageSpan stages, std::vector<ReducedHessian>& hessians);
     void agree_on_exponents(int block, StageSpan stages, std::vector<ReducedHessian>& hessians);
     void sum_over_ranks(std::vector<ReducedHessian>& hessians);
@@ -72,7 +84,9 @@ private:
     GroupSolver solver_;
     CalibrationBatches batches_;
     BlockForward forward_;
-    Tensor trial_hidden_;  // [largest micro-batch, hidden_size]: a block run ahead without moving `hidden`
+    std::optional<CalibrationBatches> original_batches_;  // of the original path, with error propagation
+    Tensor original_norm_;  // [largest micro-batch, hidden_size]: an input of the original path
+    Tensor trial_hidden_;   // [largest micro-batch, hidden_size]: a block run ahead without moving `hidden`
     StageClock clock_;
 };
 

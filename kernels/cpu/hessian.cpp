@@ -1,6 +1,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <limits>
 #include <utility>
 #include <vector>
 
@@ -23,6 +24,30 @@ std::vector<double> powers_of_two(std::span<const std::int32_t> exponents, int s
     powers.reserve(exponents.size());
     for (const std::int32_t exponent : exponents) powers.push_back(std::ldexp(1.0, sign * exponent));
     return powers;
+}
+
+// sums[j] += round(values[j] · power · powers[j]), j < count. Returns how many do not fit; they are left out.
+std::int64_t add_row(const float* values, std::int64_t count, double power, const std::vector<double>& powers,
+                     std::int64_t* sums) {
+    std::int64_t misfits = 0;
+    for (std::int64_t j = 0; j < count; ++j) {
+        const double value = double{values[j]} * power * powers[j];
+        const bool fits = std::abs(value) < 0x1p62;  // false for NaN too
+        std::int64_t total = 0;
+        if (fits && !__builtin_add_overflow(sums[j], std::llrint(value), &total)) {
+            sums[j] = total;
+        } else {
+            ++misfits;
+        }
+    }
+    return misfits;
+}
+
+void require_all_fit(std::int64_t misfits, std::string_view operation) {
+    if (misfits == 0) return;
+    throw InternalError(
+        "{}: {} of the values are not finite or exceed the headroom of the fixed-point scales", operation,
+        misfits);
 }
 
 // Begins of the triangle's tiles, the most expensive (off the diagonal) first so that threads end together.
@@ -90,24 +115,9 @@ void CpuBackend::add_fixed_point(ConstTensorView h, std::span<const std::int32_t
 
 #pragma omp parallel for schedule(static, 16) reduction(+ : misfits)
     for (std::int64_t i = 0; i < order; ++i) {
-        std::int64_t* row = sum_data + i * (i + 1) / 2;
-        for (std::int64_t j = 0; j <= i; ++j) {
-            const double value = double{h_data[i * order + j]} * powers[i] * powers[j];
-            const bool fits = std::abs(value) < 0x1p62;  // false for NaN too
-            std::int64_t total = 0;
-            if (fits && !__builtin_add_overflow(row[j], std::llrint(value), &total)) {
-                row[j] = total;
-            } else {
-                ++misfits;
-            }
-        }
+        misfits += add_row(h_data + i * order, i + 1, powers[i], powers, sum_data + i * (i + 1) / 2);
     }
-    if (misfits > 0) {
-        throw InternalError(
-            "add_fixed_point: {} of the Hessian's values are not finite or exceed the "
-            "headroom of the fixed-point scales",
-            misfits);
-    }
+    require_all_fit(misfits, "add_fixed_point");
 }
 
 void CpuBackend::from_fixed_point(ConstTensorView sum, std::span<const std::int32_t> exponents, double factor,
@@ -144,6 +154,82 @@ void CpuBackend::permute_symmetric(ConstTensorView source, std::span<const std::
             const std::int64_t row = std::max(order[i], order[j]);
             const std::int64_t column = std::min(order[i], order[j]);
             h_data[i * n + j] = source_data[row * n + column];
+        }
+    }
+}
+
+void CpuBackend::accumulate_cross(TensorView original, ConstTensorView x, TensorView d) {
+    const std::int64_t order = square_order(d, "accumulate_cross");
+    const std::int64_t tokens = x.shape().rank() == 2 ? x.extent(0) : 0;
+    require_operands(is(x, DType::f32, {tokens, order}) && is(original, DType::f32, {tokens, order}),
+                     "accumulate_cross", {original, x, d});
+    if (tokens == 0) return;
+    const auto* x_data = x.data<float>();
+    auto* difference = original.data<float>();
+    auto* d_data = d.data<float>();
+    const std::int64_t tile = triangle_tile(order);
+
+#pragma omp parallel for schedule(static)
+    for (std::int64_t i = 0; i < tokens * order; ++i) difference[i] -= x_data[i];
+#pragma omp parallel for schedule(dynamic, 1) collapse(2)
+    for (std::int64_t i = 0; i < order; i += tile) {
+        for (std::int64_t j = 0; j < order; j += tile) {
+            sgemm(std::min(tile, order - i), std::min(tile, order - j), tokens, 1.0F,
+                  {difference + i, order, true}, {x_data + j, order}, 1.0F, d_data + i * order + j, order);
+        }
+    }
+}
+
+double CpuBackend::largest_fixed_point(ConstTensorView d, std::span<const std::int32_t> exponents) {
+    const std::int64_t order = square_order(d, "largest_fixed_point");
+    require_length(exponents.size(), order, "largest_fixed_point");
+    const std::vector<double> powers = powers_of_two(exponents, 1);
+    const auto* data = d.data<float>();
+    double largest = 0.0;
+
+#pragma omp parallel for schedule(static, 16) reduction(max : largest)
+    for (std::int64_t i = 0; i < order; ++i) {
+        for (std::int64_t j = 0; j < order; ++j) {
+            const double value = std::abs(double{data[i * order + j]}) * powers[i] * powers[j];
+            largest = value <= largest ? largest : value;
+            if (std::isnan(value)) largest = std::numeric_limits<double>::infinity();
+        }
+    }
+    return largest;
+}
+
+void CpuBackend::add_fixed_point_full(ConstTensorView d, std::span<const std::int32_t> exponents,
+                                      TensorView sum) {
+    const std::int64_t order = square_order(d, "add_fixed_point_full");
+    require_length(exponents.size(), order, "add_fixed_point_full");
+    require_operands(is(sum, DType::i64, {order, order}), "add_fixed_point_full", {d, sum});
+    const std::vector<double> powers = powers_of_two(exponents, 1);
+    const auto* d_data = d.data<float>();
+    auto* sum_data = sum.data<std::int64_t>();
+    std::int64_t misfits = 0;
+
+#pragma omp parallel for schedule(static, 16) reduction(+ : misfits)
+    for (std::int64_t i = 0; i < order; ++i) {
+        misfits += add_row(d_data + i * order, order, powers[i], powers, sum_data + i * order);
+    }
+    require_all_fit(misfits, "add_fixed_point_full");
+}
+
+void CpuBackend::from_fixed_point_full(ConstTensorView sum, std::span<const std::int32_t> exponents,
+                                       double factor, TensorView d) {
+    const std::int64_t order = square_order(d, "from_fixed_point_full");
+    require_length(exponents.size(), order, "from_fixed_point_full");
+    require_operands(is(sum, DType::i64, {order, order}), "from_fixed_point_full", {sum, d});
+    const std::vector<double> powers = powers_of_two(exponents, -1);
+    const auto* sum_data = sum.data<std::int64_t>();
+    auto* d_data = d.data<float>();
+
+#pragma omp parallel for schedule(static, 16)
+    for (std::int64_t i = 0; i < order; ++i) {
+        for (std::int64_t j = 0; j < order; ++j) {
+            const double value =
+                factor * static_cast<double>(sum_data[i * order + j]) * powers[i] * powers[j];
+            d_data[i * order + j] = static_cast<float>(value);
         }
     }
 }

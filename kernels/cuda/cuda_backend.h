@@ -75,6 +75,16 @@ public:
     void permute_symmetric(ConstTensorView source, std::span<const std::int32_t> order,
                            TensorView h) override;
 
+    void accumulate_cross(TensorView original, ConstTensorView x, TensorView d) override;
+    double largest_fixed_point(ConstTensorView d, std::span<const std::int32_t> exponents) override;
+    void add_fixed_point_full(ConstTensorView d, std::span<const std::int32_t> exponents,
+                              TensorView sum) override;
+    void from_fixed_point_full(ConstTensorView sum, std::span<const std::int32_t> exponents, double factor,
+                               TensorView d) override;
+    void propagate_error(ConstTensorView weights, ConstTensorView d, ConstTensorView factor,
+                         std::span<const std::int32_t> order, float alpha, TensorView target) override;
+    std::size_t propagate_workspace(std::int64_t rows, std::int64_t columns) const override;
+
     std::size_t factor_workspace(std::int64_t columns) const override;
     std::size_t solve_workspace(std::int64_t rows, std::int64_t columns,
                                 const QuantizationGrid& grid) const override;

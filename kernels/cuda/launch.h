@@ -74,6 +74,32 @@ void cholesky_panel(float* rows, const float* inverse, int n, std::int64_t colum
 // h[i, j] = h[j, i] / h[j, j] for i < j.
 void cholesky_finish(float* h, std::int64_t n, cudaStream_t stream);
 
+// --- error_propagation.cu ---
+void subtract(const void* x, std::int64_t count, void* from, cudaStream_t stream);
+// largest: a double that is not negative; it grows to the greatest |d[i, j]| · 2^(exponents[i] +
+// exponents[j]).
+void largest_fixed_point(const float* d, const std::int32_t* exponents, std::int64_t n, void* largest,
+                         cudaStream_t stream);
+void add_fixed_point_full(const float* d, const std::int32_t* exponents, std::int64_t n, std::int64_t* sum,
+                          int* misfits, cudaStream_t stream);
+void from_fixed_point_full(const std::int64_t* sum, const std::int32_t* exponents, double factor,
+                           std::int64_t n, float* d, cudaStream_t stream);
+// Three bf16 parts of each element of source [rows, columns] (leading dimension ld) at out[row · ld_out +
+// column], `step` apart.
+enum class SplitOrder : std::uint8_t { high_high_low, high_low_high };
+void split(const float* source, std::int64_t rows, std::int64_t columns, std::int64_t ld, SplitOrder order,
+           std::int64_t step, std::int64_t ld_out, void* out, cudaStream_t stream);
+// Inverses of the diagonal blocks of U, the unit upper triangle that stands above the factor's diagonal:
+// inverse [blocks][kPropagateBlock][kPropagateBlock], with the identity where the last block ends early.
+inline constexpr int kPropagateBlock = 128;
+void invert_blocks(const float* factor, std::int64_t n, float* inverse, cudaStream_t stream);
+// x[r, j] /= factor[j, j]².
+void divide_columns(const float* factor, std::int64_t rows, std::int64_t columns, float* x,
+                    cudaStream_t stream);
+// target[r, p] = weights[r, p] + alpha · moved[r, j], p = order[j], or j without an order.
+void add_propagated(const float* weights, const float* moved, const std::int32_t* order, std::int64_t rows,
+                    std::int64_t columns, float alpha, float* target, cudaStream_t stream);
+
 // --- gptq_solve.cu ---
 inline constexpr int kSolveBlock = 128;             // columns that one kernel quantizes
 inline constexpr int kSolveSlot = 3 * kSolveBlock;  // bf16 elements that stand for them in a product

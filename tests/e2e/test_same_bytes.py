@@ -72,6 +72,7 @@ def random_job(choose: random.Random, family: str, directory: Path) -> tuple[Pat
         "sym": sym,
         "desc_act": choose.choice([True, False]),
         "true_sequential": choose.choice([True, False]),
+        "error_propagation_alpha": choose.choice([0, 0.5]),
     }
     output = {
         "format": choose.choice(["gptq", "gptq_v2"]) if sym else "gptq_v2",

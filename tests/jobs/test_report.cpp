@@ -52,15 +52,16 @@ TEST(Report, CsvHasAHeaderAndALineALinear) {
     auto report = two_blocks();
     report.linears.resize(2);
     report.linears[0].loss = 0.1;
+    report.linears[0].error_propagation_alpha = 0.5;
     report.linears[1].module = "odd,\"name\"";
     report.linears[1].loss = std::numeric_limits<double>::quiet_NaN();
     report.linears[1].fallback = fallback_damping;
-    EXPECT_EQ(
-        to_csv(report),
-        "module,block,group,rows,columns,bits,group_size,loss,mean_squared_error,tokens,damp_percent,"
-        "dead_columns,fallback,forward_seconds,hessian_seconds,factor_seconds,solve_seconds,io_seconds\n"
-        "model.layers.0.self_attn.q_proj,0,qkv,128,128,4,64,0.1,0.001,512,0.05,0,,1,2,4,8,16\n"
-        "\"odd,\"\"name\"\"\",0,qkv,64,128,4,64,nan,0.003,512,0.05,0,damping raised,1,2,4,8,16\n");
+    EXPECT_EQ(to_csv(report),
+              "module,block,group,rows,columns,bits,group_size,loss,mean_squared_error,tokens,damp_percent,"
+              "dead_columns,fallback,error_propagation_alpha,"
+              "forward_seconds,hessian_seconds,factor_seconds,solve_seconds,io_seconds\n"
+              "model.layers.0.self_attn.q_proj,0,qkv,128,128,4,64,0.1,0.001,512,0.05,0,,0.5,1,2,4,8,16\n"
+              "\"odd,\"\"name\"\"\",0,qkv,64,128,4,64,nan,0.003,512,0.05,0,damping raised,0,1,2,4,8,16\n");
 }
 
 TEST(Report, JsonHoldsEverything) {

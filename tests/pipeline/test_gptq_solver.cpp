@@ -212,14 +212,15 @@ struct Solved {
 // Solves all rows in the given ranges with the factor that factor() left.
 Solved solve(Backend& backend, const std::vector<float>& weights, std::int64_t rows, std::int64_t columns,
              const std::vector<RowRange>& ranges, ConstTensorView factor, const FactorOutcome& outcome,
-             const GptqOptions& options) {
+             const GptqOptions& options, ConstTensorView cross = {}) {
     QuantizedLinear quantized(backend, rows, columns, options.grid);
     quantized.g_idx = group_index(outcome, options, columns);
     Solved result;
     for (const RowRange& range : ranges) {
         Tensor piece = backend.empty({range.count(), columns}, DType::f32, "weights");
         backend.copy_from_host(weights.data() + range.begin * columns, piece);
-        const RowLosses losses = solve_rows(backend, piece, range, factor, outcome, options, quantized);
+        const RowLosses losses =
+            solve_rows(backend, piece, range, factor, outcome, options, quantized, cross);
         result.losses.loss.insert(result.losses.loss.end(), losses.loss.begin(), losses.loss.end());
         result.losses.squared_error.insert(result.losses.squared_error.end(), losses.squared_error.begin(),
                                            losses.squared_error.end());
@@ -416,6 +417,170 @@ TEST_F(GptqSolver, RowsMayBeSplitAnywhereAtBlocks) {
                                        {3 * kSolveRowBlock, 3 * kSolveRowBlock},
                                        {3 * kSolveRowBlock, rows}};
     EXPECT_EQ(solve(*backend_, weights, rows, n, pieces, factor_, outcome, options), whole);
+}
+
+// Inputs of a linear on both paths: of the quantized one in whole numbers, so that its Hessian is exact.
+struct TwoPaths {
+    std::int64_t tokens, columns;
+    std::vector<float> original, x;  // [T, C]
+
+    TwoPaths(std::mt19937& random, std::int64_t t, std::int64_t c, std::size_t dead)
+        : tokens(t), columns(c), original(static_cast<std::size_t>(t * c)), x(original.size()) {
+        std::normal_distribution<float> error(0.0F, 0.6F);
+        for (std::size_t i = 0; i < x.size(); ++i) {
+            const std::size_t column = i % static_cast<std::size_t>(c);
+            const auto number = static_cast<float>(random() % (9 + 2 * (column % 7))) - 4.0F;
+            x[i] = column == dead ? 0.0F : number;  // on the original path it is active
+            original[i] = number + error(random);
+        }
+        // An error that inputs share is one that other columns can make up for.
+        for (std::int64_t i = 0; i < tokens; ++i) {
+            for (std::int64_t j = 0; j + 1 < columns; ++j) original[i * c + j] += 0.3F * x[i * c + j + 1];
+        }
+    }
+
+    std::vector<std::int64_t> triangle() const {
+        std::vector<std::int64_t> sum;
+        for (std::int64_t i = 0; i < columns; ++i) {
+            for (std::int64_t j = 0; j <= i; ++j) {
+                double total = 0.0;
+                for (std::int64_t t = 0; t < tokens; ++t) {
+                    total += double{x[t * columns + i]} * x[t * columns + j];
+                }
+                sum.push_back(std::llround(total));
+            }
+        }
+        return sum;
+    }
+    Matrix cross() const {  // as the triangle, without 2 / tokens
+        Matrix d(static_cast<std::size_t>(columns * columns));
+        for (std::int64_t t = 0; t < tokens; ++t) {
+            for (std::int64_t i = 0; i < columns; ++i) {
+                const double error = double{original[t * columns + i]} - x[t * columns + i];
+                for (std::int64_t j = 0; j < columns; ++j) d[i * columns + j] += error * x[t * columns + j];
+            }
+        }
+        return d;
+    }
+    // ‖Q·X̃ᵀ − W·Xᵀ‖², W as on the original path.
+    double output_error(const Matrix& q, const std::vector<float>& w) const {
+        double error = 0.0;
+        for (std::size_t row = 0; row < w.size() / static_cast<std::size_t>(columns); ++row) {
+            const auto* q_row = q.data() + row * static_cast<std::size_t>(columns);
+            const auto* w_row = w.data() + row * static_cast<std::size_t>(columns);
+            for (std::int64_t t = 0; t < tokens; ++t) {
+                double miss = 0.0;
+                for (std::int64_t j = 0; j < columns; ++j) {
+                    miss += q_row[j] * x[t * columns + j] - double{w_row[j]} * original[t * columns + j];
+                }
+                error += miss * miss;
+            }
+        }
+        return error;
+    }
+};
+
+// W + alpha·W·D·H⁻¹ by Gaussian elimination in double precision, dead columns 0.
+Matrix target_by_definition(const std::vector<float>& weights, std::size_t n, const Matrix& d, Matrix h,
+                            double alpha, const std::vector<std::int32_t>& dead) {
+    const std::size_t rows = weights.size() / n;
+    Matrix moved(rows * n);
+    for (std::size_t r = 0; r < rows; ++r) {
+        for (std::size_t k = 0; k < n; ++k) {
+            for (std::size_t j = 0; j < n; ++j) moved[r * n + j] += double{weights[r * n + k]} * d[k * n + j];
+        }
+    }
+    // H·yᵀ = (W·D)ᵀ for all rows at once; H needs no pivoting.
+    for (std::size_t k = 0; k < n; ++k) {
+        for (std::size_t i = k + 1; i < n; ++i) {
+            const double share = h[i * n + k] / h[k * n + k];
+            for (std::size_t j = k; j < n; ++j) h[i * n + j] -= share * h[k * n + j];
+            for (std::size_t r = 0; r < rows; ++r) moved[r * n + i] -= share * moved[r * n + k];
+        }
+    }
+    for (std::size_t r = 0; r < rows; ++r) {
+        for (std::size_t i = n; i-- > 0;) {
+            for (std::size_t j = i + 1; j < n; ++j) moved[r * n + i] -= h[i * n + j] * moved[r * n + j];
+            moved[r * n + i] /= h[i * n + i];
+        }
+        for (std::size_t j = 0; j < n; ++j) moved[r * n + j] = weights[r * n + j] + alpha * moved[r * n + j];
+        for (const std::int32_t column : dead) moved[r * n + static_cast<std::size_t>(column)] = 0.0;
+    }
+    return moved;
+}
+
+Matrix dequantized(const Solved& solved, std::size_t n, const FactorOutcome& outcome,
+                   const QuantizationGrid& grid) {
+    const auto g_idx = group_index(outcome, grid, static_cast<std::int64_t>(n));
+    const auto groups = static_cast<std::size_t>(grid.groups(static_cast<std::int64_t>(n)));
+    Matrix q(solved.codes.size());
+    for (std::size_t k = 0; k < q.size(); ++k) {
+        const std::size_t group = k / n * groups + static_cast<std::size_t>(g_idx[k % n]);
+        q[k] = double{to_float(solved.scales[group])} * (solved.codes[k] - solved.zeros[group]);
+    }
+    return q;
+}
+
+TEST_F(GptqSolver, ErrorPropagationSolvesForTheTargetOfTheFormula) {
+    SCOPED_TRACE(fmt::format("seed {}", seed_));
+    const std::size_t n = 90;
+    const std::int64_t rows = 70;
+    const TwoPaths paths(random_, 200, n, 11);
+    const Matrix d = paths.cross();
+    const std::vector<float> cross(d.begin(), d.end());
+    Tensor cross_tensor =
+        backend_->empty({static_cast<std::int64_t>(n), static_cast<std::int64_t>(n)}, DType::f32, "D");
+    backend_->copy_from_host(cross.data(), cross_tensor);
+    for (const bool desc_act : {false, true}) {
+        GptqOptions options{{3, 32, true}, desc_act, 0.05, 0.01};
+        const Factored factored = factor(paths.triangle(), n, options);
+        const FactorOutcome& outcome = factored.outcome;
+        ASSERT_EQ(outcome.dead_columns, std::vector<std::int32_t>{11});
+        const auto weights = random_weights(random_, rows * static_cast<std::int64_t>(n));
+        const auto solve_with = [&](double alpha, const std::vector<float>& w) {
+            options.error_propagation_alpha = alpha;
+            return solve(*backend_, w, rows, n, {{0, kSolveRowBlock}, {kSolveRowBlock, rows}}, factor_,
+                         outcome, options, cross_tensor);
+        };
+        const Solved off = solve_with(0.0, weights), half = solve_with(0.5, weights),
+                     all = solve_with(1.0, weights);
+        const GptqOptions plain{options.grid, desc_act};
+        EXPECT_EQ(off, solve(*backend_, weights, rows, n, {{0, rows}}, factor_, outcome, plain));
+        // The codes are those of a plain solve for the target.
+        const Matrix h = damped_hessian(paths.triangle(), n, 0.05);
+        const Matrix target = target_by_definition(weights, n, d, h, 0.5, outcome.dead_columns);
+        const Solved expected = solve_with(0.0, {target.begin(), target.end()});
+        std::size_t same = 0;
+        for (std::size_t k = 0; k < half.codes.size(); ++k) same += half.codes[k] == expected.codes[k];
+        EXPECT_GE(same, half.codes.size() * 99 / 100);
+        EXPECT_NE(off.codes, half.codes) << "nothing was propagated";
+        // Losses count from the target, squared errors from the weights.
+        const RowLosses of_target =
+            losses_by_definition(half, {target.begin(), target.end()}, n, h, outcome, options.grid);
+        const RowLosses of_weights = losses_by_definition(half, weights, n, h, outcome, options.grid);
+        for (std::size_t row = 0; row < static_cast<std::size_t>(rows); ++row) {
+            EXPECT_NEAR(half.losses.loss[row], of_target.loss[row], 1e-3 * of_target.loss[row]);
+            EXPECT_NEAR(half.losses.squared_error[row], of_weights.squared_error[row],
+                        1e-5 * of_weights.squared_error[row]);
+        }
+        // What it is for: outputs closer to those of the original model.
+        const auto error = [&](const Solved& solved) {
+            return paths.output_error(dequantized(solved, n, outcome, options.grid), weights);
+        };
+        EXPECT_LT(error(half), 0.8 * error(off));
+        EXPECT_LT(error(all), error(half));
+    }
+}
+
+TEST_F(GptqSolver, WhatIsRoundedToNearestPropagatesNothing) {
+    GptqOptions options{{4, 2, true}, false, 0.05, 0.01};
+    options.error_propagation_alpha = 1.0;
+    const FactorOutcome outcome = factor({100, 300, 100}, 2, options).outcome;
+    EXPECT_EQ(propagated_alpha(outcome, options), 0.0);
+    EXPECT_EQ(propagated_alpha({}, options), 1.0);
+    const auto weights = random_weights(random_, 2 * 50);
+    const Solved solved = solve(*backend_, weights, 50, 2, {{0, 50}}, factor_, outcome, options);
+    EXPECT_EQ(solved, solve(*backend_, weights, 50, 2, {{0, 50}}, factor_, outcome, {{4, 2, true}}));
 }
 
 // A diagonal factor couples nothing: each code is the nearest on the grid of its group's own range.

@@ -189,6 +189,80 @@ TEST_F(Hessian, LoudShardsGoToLevelsThatDoNotDependOnWhoAddsThem) {
     }
 }
 
+// A shard of the original path's input and of the quantized path's.
+struct CrossShard {
+    Matrix original, x;
+};
+
+TEST_F(Hessian, CrossProductsDoNotDependOnWhoAddsThem) {
+    SCOPED_TRACE(fmt::format("seed {}", seed_));
+    const std::int64_t columns = 20, tokens = 40;
+    std::vector<CrossShard> shards;
+    for (const double deviation : {1.0, 0x1p20, 1.0, 0x1p13, 0x1p20}) {
+        CrossShard shard{normal(tokens * columns, deviation / 16), normal(tokens * columns, deviation)};
+        for (std::size_t i = 0; i < shard.x.size(); ++i) shard.original[i] += shard.x[i];
+        shards.push_back(shard);
+    }
+    HessianAccumulator first(*backend_, columns, 5);
+    first.add(upload(shards[0].x, columns));
+    const FixedPointExponents exponents = choose_exponents(first.open_diagonal());
+    const auto rank_of = [&](const std::vector<std::size_t>& own) {
+        auto rank = std::make_unique<CrossAccumulator>(*backend_, columns, 5);
+        for (const std::size_t s : own) {
+            rank->add(upload(shards[s].original, columns), upload(shards[s].x, columns));
+            EXPECT_TRUE(rank->close_shard(exponents));
+        }
+        return rank;
+    };
+    const auto result_of = [&](CrossAccumulator& rank) {
+        rank.finish(exponents, 0.25);
+        std::vector<float> d(static_cast<std::size_t>(columns * columns));
+        backend_->copy_to_host(rank.workspace(), d.data());
+        return d;
+    };
+    const auto alone = rank_of({0, 1, 2, 3, 4});
+    EXPECT_GT(alone->levels(), 1U) << "some shard must be loud";
+    const auto one = rank_of({0, 2}), other = rank_of({4, 3, 1});
+    for (const auto* rank : {one.get(), other.get()}) EXPECT_EQ(rank->levels() & ~alone->levels(), 0U);
+    one->require_levels(alone->levels());
+    other->require_levels(alone->levels());
+    std::vector<std::vector<std::int64_t>> parts;
+    other->for_each_sum([&](TensorView sum) { parts.push_back(download(sum)); });
+    std::size_t level = 0;
+    one->for_each_sum([&](TensorView sum) {
+        auto total = download(sum);
+        for (std::size_t i = 0; i < total.size(); ++i) total[i] += parts.at(level)[i];
+        backend_->copy_from_host(total.data(), sum);
+        ++level;
+    });
+    const auto d = result_of(*alone);
+    EXPECT_EQ(result_of(*one), d);
+    for (std::size_t i = 0; i < columns; ++i) {
+        for (std::size_t j = 0; j < columns; ++j) {
+            double expected = 0.0, magnitude = 0.0;
+            for (const CrossShard& shard : shards) {
+                for (std::size_t t = 0; t < tokens; ++t) {
+                    const std::size_t row = t * columns;
+                    const double term =
+                        (double{shard.original[row + i]} - shard.x[row + i]) * shard.x[row + j];
+                    expected += 0.25 * term;
+                    magnitude += 0.25 * std::abs(term);
+                }
+            }
+            EXPECT_NEAR(d[i * columns + j], expected, 2e-6 * magnitude);
+        }
+    }
+}
+
+TEST_F(Hessian, CrossProductsThatAreNotFiniteNeverFit) {
+    for (const float bad :
+         {std::numeric_limits<float>::quiet_NaN(), std::numeric_limits<float>::infinity(), 1e30F}) {
+        CrossAccumulator accumulator(*backend_, 4, 1);
+        accumulator.add(upload({1, bad, 3, 4}, 4), upload({1, 2, 3, 4}, 4));
+        EXPECT_FALSE(accumulator.close_shard(FixedPointExponents(4, 0))) << bad;
+    }
+}
+
 TEST_F(Hessian, ValuesThatAreNotFiniteNeverFit) {
     for (const float bad :
          {std::numeric_limits<float>::quiet_NaN(), std::numeric_limits<float>::infinity(), 1e35F}) {

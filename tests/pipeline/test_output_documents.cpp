@@ -114,6 +114,9 @@ TEST(QuantizationConfig, SaysWhatLoadersRead) {
         "dynamic": null, "meta": {"quantizer": ["quantmill:1.2.3"], "damp_percent": 0.07, "damp_auto_increment": 0.02,
         "true_sequential": false}})");
     EXPECT_EQ(json(to_json(config)), expected);
+    QuantizationConfig propagating = config;
+    propagating.error_propagation_alpha = 0.5;
+    EXPECT_EQ(json(to_json(propagating)).at("meta").at("error_propagation_alpha"), 0.5);
     // What we write we read.
     const GptqScheme scheme = gptq_scheme_from(json(to_json(config)), "config.json");
     EXPECT_EQ(scheme.grid.bits, 3);

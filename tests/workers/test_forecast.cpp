@@ -102,11 +102,12 @@ TEST_F(ForecastTest, ChoosesGroupsByWhatTheyGain) {
 TEST_F(ForecastTest, TheFactorBoundsWhatAllRanksDoTogether) {
     const BlockCost block = block_cost(graph_, rates_, 1600, 100);
     const Forecast four =
-        forecast_quantized(work_, world(4), rates_, row_groups(world(4), std::nullopt), true);
+        forecast_quantized(work_, world(4), rates_, row_groups(world(4), std::nullopt), true, false);
     EXPECT_NEAR(four.layers.seconds, 12 * (block.stream / 4 + block.factors() + block.solves() / 4), 1e-9);
     EXPECT_NE(four.layers.bound.find("factors that one rank computes"), std::string::npos);
     // Without true_sequential the four factors of a block are computed at the same time.
-    const Forecast at_once = forecast_quantized(work_, world(4), rates_, row_groups(world(4), 1), false);
+    const Forecast at_once =
+        forecast_quantized(work_, world(4), rates_, row_groups(world(4), 1), false, false);
     EXPECT_NEAR(at_once.time.factor, 12 * 96.0 * 96 * 96 / 3 / 1e9, 1e-9);
     EXPECT_EQ(row_groups(world(8), std::nullopt).groups.size(), 2U);  // two hosts
     EXPECT_THROW(row_groups(world(2), 3), BadInput);

@@ -107,6 +107,31 @@ TEST_F(Planner, MeasuresWhenAsked) {
     }
 }
 
+std::uint64_t bytes_named(const Plan& plan, const std::string& name) {
+    for (const NamedBytes& part : plan.ranks.front().memory) {
+        if (contains(part.name, name)) return part.bytes;
+    }
+    return 0;
+}
+
+TEST_F(Planner, ErrorPropagationTakesASecondPath) {
+    for (const bool true_sequential : {true, false}) {
+        spec_.quantization.true_sequential = true_sequential;
+        spec_.quantization.error_propagation_alpha = 0.0;
+        const Plan without = plan(job());
+        spec_.quantization.error_propagation_alpha = 0.5;
+        const Plan with = plan(job());
+        const std::string activations = true_sequential ? "calibration activations" : "hidden states";
+        EXPECT_GT(bytes_named(without, activations), 0U);
+        EXPECT_EQ(bytes_named(with, activations), 2 * bytes_named(without, activations));
+        EXPECT_EQ(bytes_named(without, "error of the inputs"), 0U);
+        // Sums and their shard's matrix: of the widest stage, or of all at once.
+        const std::uint64_t squares = true_sequential ? 96 * 96 : 3 * 64 * 64 + 96 * 96;
+        EXPECT_GE(bytes_named(with, "error of the inputs"), 12 * squares);
+        EXPECT_GT(total_memory(with.ranks.front()), total_memory(without.ranks.front()));
+    }
+}
+
 TEST_F(Planner, GroupSizeMustDivideEveryWidth) {
     EXPECT_EQ(problems(), "");
     spec_.quantization.group_size = -1;
