@@ -5,6 +5,8 @@
 #include <nlohmann/json.hpp>
 #include <numeric>
 
+#include "pipeline/refinement.h"
+
 namespace quantmill {
 namespace {
 
@@ -48,14 +50,6 @@ std::vector<std::int32_t> column_order(std::span<const float> diagonal, const Gp
     return {};
 }
 
-std::vector<std::int32_t> inverse(std::span<const std::int32_t> order) {
-    std::vector<std::int32_t> result(order.size());
-    for (std::size_t i = 0; i < order.size(); ++i) {
-        result[static_cast<std::size_t>(order[i])] = static_cast<std::int32_t>(i);
-    }
-    return result;
-}
-
 std::vector<std::int32_t> take_dead_columns(std::vector<float>& diagonal) {
     std::vector<std::int32_t> dead;
     for (std::size_t j = 0; j < diagonal.size(); ++j) {
@@ -73,6 +67,14 @@ std::vector<float> damped(std::span<const float> diagonal, double lambda) {
 }
 
 }  // namespace
+
+std::vector<std::int32_t> inverse_order(std::span<const std::int32_t> order) {
+    std::vector<std::int32_t> result(order.size());
+    for (std::size_t i = 0; i < order.size(); ++i) {
+        result[static_cast<std::size_t>(order[i])] = static_cast<std::int32_t>(i);
+    }
+    return result;
+}
 
 FactorOutcome factor_hessian(Backend& backend, ConstTensorView sum, const FixedPointExponents& exponents,
                              std::int64_t tokens, const GptqOptions& options, const std::string& module,
@@ -108,6 +110,16 @@ FactorOutcome factor_hessian(Backend& backend, ConstTensorView sum, const FixedP
     backend.zero(factor);
     backend.write_diagonal(diagonal, factor);
     return outcome;
+}
+
+void damped_hessian(Backend& backend, ConstTensorView sum, const FixedPointExponents& exponents,
+                    std::int64_t tokens, const FactorOutcome& outcome, TensorView h) {
+    backend.from_fixed_point(sum, exponents, 2.0 / static_cast<double>(tokens), h);
+    std::vector<float> diagonal = backend.read_diagonal(h);
+    const double lambda = outcome.damp_percent * mean(diagonal);
+    take_dead_columns(diagonal);
+    backend.write_diagonal(damped(diagonal, lambda), h);
+    backend.mirror_triangle(h);
 }
 
 std::string serialize(const FactorOutcome& outcome) {
@@ -178,8 +190,8 @@ void solve_in_order(Backend& backend, ConstTensorView weights, ConstTensorView f
     Tensor scales = backend.empty(out.scales.shape(), DType::f16, "scales in the order of the walk");
     Tensor zeros = backend.empty(out.zeros.shape(), DType::u8, "zeros in the order of the walk");
     backend.gptq_solve(weights, factor, options.grid, {out.codes, scales, zeros}, loss);
-    backend.permute_columns(scales, inverse(walked), out.scales);
-    backend.permute_columns(zeros, inverse(walked), out.zeros);
+    backend.permute_columns(scales, inverse_order(walked), out.scales);
+    backend.permute_columns(zeros, inverse_order(walked), out.zeros);
 }
 
 }  // namespace
@@ -190,7 +202,7 @@ double propagated_alpha(const FactorOutcome& outcome, const GptqOptions& options
 
 RowLosses solve_rows(Backend& backend, TensorView weights, RowRange range, ConstTensorView factor,
                      const FactorOutcome& outcome, const GptqOptions& options, QuantizedLinear& quantized,
-                     ConstTensorView cross) {
+                     ConstTensorView cross, ConstTensorView hessian) {
     if (range.empty()) return {};
     const std::int64_t columns = quantized.columns();
     const Shape shape{range.count(), columns};
@@ -219,8 +231,9 @@ RowLosses solve_rows(Backend& backend, TensorView weights, RowRange range, Const
         Tensor codes = backend.empty(shape, DType::u8, "codes in the order of the walk");
         backend.permute_columns(target, outcome.order, ordered);
         solve_in_order(backend, ordered, factor, outcome, options, {codes, out.scales, out.zeros}, loss);
-        backend.permute_columns(codes, inverse(outcome.order), out.codes);
+        backend.permute_columns(codes, inverse_order(outcome.order), out.codes);
     }
+    if (refines(outcome, options)) refine_rows(backend, target, hessian, outcome, options, out, loss);
 
     Tensor dequantized = backend.empty(shape, DType::f32, "dequantized rows");
     backend.dequantize({out.codes, out.scales, out.zeros}, quantized.g_idx, dequantized);

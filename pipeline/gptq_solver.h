@@ -1,6 +1,7 @@
 #pragma once
 
 #include <cstdint>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -39,6 +40,13 @@ FactorOutcome factor_hessian(Backend& backend, ConstTensorView sum, const FixedP
                              std::int64_t tokens, const GptqOptions& options, const std::string& module,
                              TensorView factor);
 
+// The H that was factored, damped as it was in the end, both triangles, its columns in natural order.
+void damped_hessian(Backend& backend, ConstTensorView sum, const FixedPointExponents& exponents,
+                    std::int64_t tokens, const FactorOutcome& outcome, TensorView h);
+
+// order[result[c]] = c.
+std::vector<std::int32_t> inverse_order(std::span<const std::int32_t> order);
+
 // Small message form, for the ranks that did not factor.
 std::string serialize(const FactorOutcome& outcome);
 FactorOutcome deserialize_factor_outcome(const std::string& text);
@@ -62,9 +70,10 @@ double propagated_alpha(const FactorOutcome& outcome, const GptqOptions& options
 // Quantizes rows `range` of a group into the same rows of `quantized`. weights f32 [range.count(), C] holds
 // those rows (changed: dead columns become 0); range begins at a multiple of kSolveRowBlock. `cross` is
 // D = (2/tokens)·(X − X̃)ᵀX̃ f32 [C, C], needed when propagated_alpha is not 0: then the losses are those of
-// the target W + alpha·W·D·H⁻¹, the squared errors still those of W.
+// the target W + alpha·W·D·H⁻¹, the squared errors still those of W. `hessian`: of damped_hessian, needed
+// when rows are refined (refinement.h).
 RowLosses solve_rows(Backend& backend, TensorView weights, RowRange range, ConstTensorView factor,
                      const FactorOutcome& outcome, const GptqOptions& options, QuantizedLinear& quantized,
-                     ConstTensorView cross = {});
+                     ConstTensorView cross = {}, ConstTensorView hessian = {});
 
 }  // namespace quantmill

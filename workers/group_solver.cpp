@@ -5,6 +5,7 @@
 #include <numeric>
 
 #include "pipeline/output_layout.h"
+#include "pipeline/refinement.h"
 #include "workers/message.h"
 #include "workers/placement.h"
 
@@ -97,13 +98,26 @@ FactorOutcome GroupSolver::share(const Team& team, int owner, const FactorOutcom
     return shared;
 }
 
+Tensor GroupSolver::share_damped(const Team& team, int owner, std::size_t stage, const FactorOutcome& outcome,
+                                 ReducedHessian* hessian) const {
+    const LinearGroup& group = graph_.stages[stage].group;
+    if (!refines(outcome, options_for(group))) return {};
+    Tensor damped = backend_.empty({group.columns(), group.columns()}, DType::f32, "damped Hessian");
+    if (team.control.rank() == owner) {
+        damped_hessian(backend_, hessian->accumulator.sum(), hessian->exponents, tokens_, outcome, damped);
+    }
+    team.communicator.broadcast(damped, owner);
+    return damped;
+}
+
 void GroupSolver::finish(CrossAccumulator& cross, const FixedPointExponents& exponents) const {
     cross.finish(exponents, 2.0 / static_cast<double>(tokens_));
 }
 
 QuantizedGroup GroupSolver::solve(const Team& team, std::size_t stage,
                                   const std::vector<LinearWeights>& weights, ConstTensorView factor,
-                                  const FactorOutcome& outcome, ConstTensorView cross) const {
+                                  const FactorOutcome& outcome, ConstTensorView cross,
+                                  ConstTensorView damped) const {
     const LinearGroup& group = graph_.stages[stage].group;
     const GptqOptions options = options_for(group);
     QuantizedLinear quantized(backend_, group.rows(), group.columns(), options.grid);
@@ -112,7 +126,8 @@ QuantizedGroup GroupSolver::solve(const Team& team, std::size_t stage,
     const std::vector<RowRange> ranges = solve_ranges(group.rows(), team.control.size());
     const RowRange mine = ranges[static_cast<std::size_t>(team.control.rank())];
     Tensor rows = stored_rows(group, weights, mine);
-    const RowLosses losses = solve_rows(backend_, rows, mine, factor, outcome, options, quantized, cross);
+    const RowLosses losses =
+        solve_rows(backend_, rows, mine, factor, outcome, options, quantized, cross, damped);
     team.communicator.all_gather_rows(quantized.codes, ranges);
     team.communicator.all_gather_rows(quantized.scales, ranges);
     team.communicator.all_gather_rows(quantized.zeros, ranges);

@@ -52,11 +52,15 @@ public:
     FactorOutcome factor(int block, std::size_t stage, ReducedHessian& hessian) const;
     // Brings factor and outcome from `owner` to all ranks of the team. Collective.
     static FactorOutcome share(const Team& team, int owner, const FactorOutcome& outcome, TensorView factor);
-    // Each rank of the team solves its rows, then all have all. `factor`: as `factor()` left it, `cross`: as
-    // solve_rows takes it. Collective.
+    // The damped Hessian for solve(), on all ranks of the team; empty when nothing is refined. `hessian`: on
+    // `owner`, with its sum. Collective.
+    Tensor share_damped(const Team& team, int owner, std::size_t stage, const FactorOutcome& outcome,
+                        ReducedHessian* hessian) const;
+    // Each rank of the team solves its rows, then all have all. `factor`: as `factor()` left it, `cross` and
+    // `damped`: as solve_rows takes them. Collective.
     QuantizedGroup solve(const Team& team, std::size_t stage, const std::vector<LinearWeights>& weights,
-                         ConstTensorView factor, const FactorOutcome& outcome,
-                         ConstTensorView cross = {}) const;
+                         ConstTensorView factor, const FactorOutcome& outcome, ConstTensorView cross = {},
+                         ConstTensorView damped = {}) const;
     // D of all shards from its sums, in its workspace, for solve(). `exponents`: of the Hessian's level 0.
     void finish(CrossAccumulator& cross, const FixedPointExponents& exponents) const;
 

@@ -311,7 +311,8 @@ void LayerRun::solve_outputs(const SolveTask& task, const Team& team, HeldBlock&
             seconds.factor = watch.restart();
         }
         report(task, "solving rows");
-        QuantizedGroup result = solvers_[o].solve(team, task.stage, weights, factor, outcome);
+        const Tensor damped = solvers_[o].share_damped(team, 0, task.stage, outcome, hessian);
+        QuantizedGroup result = solvers_[o].solve(team, task.stage, weights, factor, outcome, {}, damped);
         seconds.solve = watch.seconds();
         if (hessian == nullptr) continue;
         result.seconds = seconds;

@@ -239,10 +239,12 @@ QuantizedGroup Worker::quantize_group(int block, std::size_t stage, int owner, F
     clock_.start();
     const TensorView factor = hessian.accumulator.workspace();
     outcome = GroupSolver::share(all_, owner, outcome, factor);
+    const Tensor damped = solver_.share_damped(all_, owner, stage, outcome, &hessian);
     clock_.lap(&StageSeconds::factor);
     report(block, stage, "solving rows");
     const ConstTensorView cross = hessian.cross ? hessian.cross->workspace() : ConstTensorView{};
-    QuantizedGroup result = solver_.solve(rows_, stage, weights.stages[stage], factor, outcome, cross);
+    QuantizedGroup result =
+        solver_.solve(rows_, stage, weights.stages[stage], factor, outcome, cross, damped);
     use_quantized(stage, result.quantized, weights);
     clock_.lap(&StageSeconds::solve);
     result.seconds = clock_.take();
