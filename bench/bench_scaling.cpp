@@ -52,7 +52,7 @@ void print_table(const ModelShape& shape, std::int64_t sequences, double gigabyt
     const double parameters = static_cast<double>(graph.block_parameters()) * graph.blocks;
     work.read_bytes = 2.0 * parameters;
     work.written_bytes = 0.53 * parameters;
-    const Rates rates = rates_of("cuda", 7.9e14);
+    const Rates rates = rates_of("cuda", 7e14);
     fmt::print("\n### {}, {} x 2048 tokens\n\n", shape.name, sequences);
     fmt::print("| GPUs | quantized | times | original | times | groups x GPUs | sweeps | bubble |\n");
     fmt::print("|---|---|---|---|---|---|---|---|\n");

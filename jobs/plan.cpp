@@ -50,6 +50,7 @@ void add_calibration(std::string& text, const PlannedCalibration& calibration) {
                fmt::format("{} sequences of up to {} tokens, {} tokens in all", calibration.sequences,
                            calibration.longest, count_text(calibration.token_count)),
                fmt::format("{} shards, {} micro-batches", calibration.shards, calibration.micro_batches)});
+    if (!calibration.hessians.empty()) add_lines(text, "", {calibration.hessians});
 }
 
 void add_output(std::string& text, const Plan& plan) {
@@ -66,6 +67,7 @@ void add_output(std::string& text, const Plan& plan) {
                      plan.disk_reclaimed == 0 ? ""
                                               : fmt::format(" once {} of an earlier run are removed",
                                                             bytes_text(plan.disk_reclaimed)))});
+    add_lines(text, "and", plan.more_outputs);
 }
 
 // Ranks of which all cells but the indices read the same.
@@ -216,21 +218,41 @@ void add_timeline(std::string& text, const PlannedLayers& layers) {
     text += "\nTimeline, in the last sweep\n" + table_text(rows, "rllrrrrr", 2);
 }
 
+// "0-7 · 8-15 · … · 56-63"
+std::string row_groups_text(const std::vector<PlannedLayerGroup>& groups) {
+    constexpr std::size_t kShown = 4;
+    std::string text;
+    for (std::size_t g = 0; g < groups.size(); ++g) {
+        if (groups.size() > kShown && g == kShown - 1) {
+            text += " · …";
+            g = groups.size() - 1;
+        }
+        text += (g == 0 ? "" : " · ") + spans_text(groups[g].ranks);
+    }
+    return text;
+}
+
 void add_layers(std::string& text, const PlannedLayers& layers, bool timed) {
     if (layers.groups.empty()) return;
     const auto count = layers.groups.size();
+    std::size_t ranks = 0;
+    for (const auto& group : layers.groups) ranks += group.ranks.size();
     std::vector<std::string> lines;
-    if (layers.propagate == "original") {
+    if (layers.propagate == "original" && layers.sweeps == 0) {
+        lines.push_back(fmt::format("{} group{} of ranks take{} blocks in turn", count, count == 1 ? "" : "s",
+                                    count == 1 ? "s" : ""));
+    } else if (layers.propagate == "original") {
         lines.push_back(fmt::format("{} group{} of ranks hold{} ranges of blocks, {} sweep{} of the stream",
                                     count, count == 1 ? "" : "s", count == 1 ? "s" : "", layers.sweeps,
                                     layers.sweeps == 1 ? "" : "s"));
         lines.push_back(fmt::format("groups idle {:.1f}% of the stream while it fills and drains",
                                     100.0 * layers.bubble));
     } else {
-        lines.push_back(fmt::format("all ranks work on the same block; {} group{} of them share{} rows",
-                                    count, count == 1 ? "" : "s", count == 1 ? "s" : ""));
+        lines.push_back(fmt::format("all ranks work on the same block; {} group{} of them share{} rows{}",
+                                    count, count == 1 ? "" : "s", count == 1 ? "s" : "",
+                                    count == 1 ? "" : ": ranks " + row_groups_text(layers.groups)));
     }
-    if (timed) {
+    if (timed && ranks > 1) {
         lines.push_back(fmt::format("{:.1f} times as fast as one rank ({} against {}){}{}",
                                     layers.alone_seconds / layers.seconds, seconds_text(layers.seconds),
                                     seconds_text(layers.alone_seconds), layers.bound.empty() ? "" : "; ",

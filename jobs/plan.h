@@ -44,6 +44,7 @@ struct PlannedCalibration {
     std::int64_t longest = 0;  // tokens of the longest sequence
     std::int64_t shards = 0;
     std::int64_t micro_batches = 0;
+    std::string hessians;  // where they are kept or come from; nothing when they are of this run alone
 };
 
 struct NamedBytes {
@@ -81,7 +82,7 @@ struct PlannedLayerGroup {
 struct PlannedLayers {
     std::string propagate;  // "quantized" | "original"
     std::vector<PlannedLayerGroup> groups;
-    std::int64_t sweeps = 1;
+    std::int64_t sweeps = 1;     // 0: Hessians come from a store, and nothing streams
     double bubble = 0.0;         // share of the stream's time in which groups idle
     double seconds = 0.0;        // predicted, of all ranks
     double alone_seconds = 0.0;  // of one rank
@@ -107,6 +108,7 @@ struct Plan {
     PlannedQuantization quantization;
     PlannedCalibration calibration;
     std::string output_directory, output_format;
+    std::vector<std::string> more_outputs;  // of the same run, a line each
     std::vector<PlannedFile> files;
     std::uint64_t disk_needed = 0;     // of the files and what is copied beside them
     std::uint64_t disk_free = 0;       // with what is reclaimed

@@ -137,13 +137,27 @@ HessianStore::HessianStore(fs::path directory, const ModelGraph& graph, HessianO
 
 fs::path HessianStore::file_of(int block) const { return directory_ / fmt::format("block-{:05}.h5", block); }
 
+void HessianStore::require_no_other() const {
+    for (int block = 0; block < graph_.blocks; ++block) {
+        std::error_code ignored;
+        if (fs::exists(file_of(block), ignored)) require_origin(block);
+    }
+}
+
 void HessianStore::prepare() const {
+    require_no_other();
     std::error_code error;
     fs::create_directories(directory_, error);
     if (error) throw BadInput("calibration.save_hessians: {}: {}", directory_.string(), error.message());
-    for (int block = 0; block < graph_.blocks; ++block) {
-        if (fs::exists(file_of(block), error)) require_origin(block);
+}
+
+std::uint64_t HessianStore::bytes() const {
+    std::uint64_t block = 0;
+    for (const Stage& stage : graph_.stages) {
+        const auto n = static_cast<std::uint64_t>(stage.group.columns());
+        block += n * (n + 1) / 2 * sizeof(std::int64_t) + n * sizeof(std::int32_t);
     }
+    return block * static_cast<std::uint64_t>(graph_.blocks);
 }
 
 void HessianStore::write_block(int block, const std::vector<StoredHessian>& stages) const {

@@ -32,8 +32,11 @@ class HessianStore {
 public:
     HessianStore(std::filesystem::path directory, const ModelGraph& graph, HessianOrigin origin);
 
-    // Makes the directory ready to be written; refuses one that holds Hessians of another origin.
+    // Refuses a directory that holds Hessians of another origin: ours would not be told from them.
+    void require_no_other() const;
+    // The same, and makes the directory.
     void prepare() const;
+    std::uint64_t bytes() const;  // of all blocks, about
     void write_block(int block, const std::vector<StoredHessian>& stages) const;
 
     // Throws BadInput that says what differs when a block is missing, broken or of another origin.

@@ -5,15 +5,16 @@
 namespace quantmill {
 namespace {
 
-// Shares of the matrix product's rate that the stages were seen to reach (bench/RESULTS.md,
-// docs/algorithm.md), and what disks, memory, NVLink and networks usually carry.
+// Shares of the matrix product's rate that the stages were seen to reach, with all that goes with them
+// (bench/RESULTS.md: CPU kernels; whole blocks on one H200), and what disks, memory, NVLink and networks
+// usually carry.
 struct Shares {
-    double attention, hessian, factor, solve;
+    double forward, attention, hessian, factor, solve;
     double disk, link, network;
     double seconds_per_column;
 };
-constexpr Shares kCpuShares{0.4, 1.0, 0.5, 0.4, 5e8, 3e9, 1e9, 0.0};
-constexpr Shares kCudaShares{0.3, 0.8, 0.25, 0.2, 5e9, 2e11, 4e10, 6e-7};
+constexpr Shares kCpuShares{1.0, 0.4, 1.0, 0.5, 0.4, 5e8, 3e9, 1e9, 0.0};
+constexpr Shares kCudaShares{0.96, 0.37, 0.77, 0.226, 0.19, 5e9, 2e11, 4e10, 7.7e-7};
 
 }  // namespace
 
@@ -34,7 +35,7 @@ std::vector<StageWork> stage_work(const ModelGraph& graph, double length) {
 
 Rates rates_of(const std::string& backend, double products) {
     const Shares& shares = backend == "cuda" ? kCudaShares : kCpuShares;
-    return {products,
+    return {products * shares.forward,
             products * shares.attention,
             products * shares.hessian,
             products * shares.factor,
@@ -44,6 +45,8 @@ Rates rates_of(const std::string& backend, double products) {
             shares.network,
             shares.seconds_per_column};
 }
+
+Rates usual_rates(const std::string& backend) { return rates_of(backend, backend == "cuda" ? 7e14 : 2e11); }
 
 double BlockCost::factors() const { return std::accumulate(factor.begin(), factor.end(), 0.0); }
 double BlockCost::solves() const { return std::accumulate(solve.begin(), solve.end(), 0.0); }

@@ -38,6 +38,9 @@ struct Rates {
 };
 // Rates of a rank of backend `backend` whose matrix products reach `products` operations a second.
 Rates rates_of(const std::string& backend, double products);
+// Those that such a rank usually has: who does what is chosen by them, and not by what was measured, so that
+// a job is shared out alike in every run.
+Rates usual_rates(const std::string& backend);
 
 // Seconds that a rank needs for the parts of one block.
 struct BlockCost {

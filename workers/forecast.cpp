@@ -95,21 +95,24 @@ Forecast forecast_quantized(const PlannedWork& work, const World& world, const R
     const BlockTime block = block_time(work, world, rates, row_ranks, true_sequential, error_propagation);
     const World one = imagine_world(1, 1, 0);
     const BlockTime alone = block_time(work, one, rates, 1, true_sequential, error_propagation);
-    // Reading hides behind computing; the first block and the output's tail do not.
-    const double io = (work.read_bytes / blocks + work.written_bytes / world.host_count()) / rates.disk;
+    // Reading and writing hide behind computing as far as that lasts; the first block and the output's tail
+    // do not.
+    const auto io_seconds = [&](double computing, int hosts) {
+        const double disk = (work.read_bytes + work.written_bytes) / (rates.disk * hosts);
+        return disk / blocks + std::max(0.0, disk - computing);
+    };
 
     Forecast forecast;
     forecast.time = {blocks * block.forward,
                      blocks * (block.hessian + block.sums),
                      blocks * (block.factor + block.factors_sent),
                      blocks * (block.solve + block.rows_sent),
-                     io,
+                     io_seconds(blocks * block.total(), world.host_count()),
                      0.0};
     PlannedLayers& planned = forecast.layers;
     planned.propagate = "quantized";
     planned.seconds = forecast.time.total();
-    planned.alone_seconds =
-        blocks * alone.total() + (work.read_bytes / blocks + work.written_bytes) / rates.disk;
+    planned.alone_seconds = blocks * alone.total() + io_seconds(blocks * alone.total(), 1);
     for (const auto& group : layers.groups) planned.groups.push_back({{group.begin(), group.end()}, {}});
     if (world.size() > 1) {
         const double most = alone.total() / alone.factor;
@@ -129,13 +132,13 @@ Forecast forecast_original(const PlannedWork& work, const World& world, const Ra
     Forecast forecast;
     PlannedLayers& planned = forecast.layers;
     planned.propagate = "original";
-    planned.sweeps = static_cast<std::int64_t>(layers.sweeps.size());
+    planned.sweeps = layers.streams ? static_cast<std::int64_t>(layers.sweeps.size()) : 0;
     if (layers.streams) {  // what has passed comes back for the next sweep, so that it fills and drains once
         const double items = items_in_stream(work, layers) * static_cast<double>(layers.sweeps.size());
         planned.bubble = bubble_fraction(static_cast<int>(layers.groups.size()), items);
     }
     planned.seconds = total_seconds(lines);
-    const LayerPlan alone{{{0}}, {{{0, work.graph->blocks}}}};
+    const LayerPlan alone{{{0}}, {{{0, work.graph->blocks}}}, layers.streams};
     planned.alone_seconds = total_seconds(simulate(work, imagine_world(1, 1, 0), rates, alone));
     std::size_t last = 0;
     for (std::size_t g = 0; g < lines.size(); ++g) {
@@ -162,7 +165,8 @@ Forecast forecast_original(const PlannedWork& work, const World& world, const Ra
     double hessian = 0.0;
     for (const StageWork& stage : stage_work(*work.graph, 0.0)) hessian += stage.hessian / rates.hessian;
     const double hessian_share = hessian / one.stream;
-    const double factor_share = one.factors() / (one.factors() + one.solves());
+    const double factors = work.factors * one.factors();
+    const double factor_share = factors / (factors + work.solves * one.solves());
     forecast.time = {slowest.stream_seconds * (1.0 - hessian_share) + slowest.idle_seconds,
                      slowest.stream_seconds * hessian_share + slowest.reduce_seconds,
                      slowest.solve_seconds * factor_share,

@@ -15,10 +15,6 @@ namespace {
 // A plan of more groups must promise this much more, since its predictions are not better than that.
 constexpr double kWorthMoreGroups = 0.97;
 
-// What a rank usually reaches: groups are chosen by it, and not by what was measured, so that a job has the
-// same groups in every run.
-double usual_products(const std::string& backend) { return backend == "cuda" ? 7e14 : 2e11; }
-
 double hessian_bytes(const ModelGraph& graph) {
     double bytes = 0.0;
     for (const Stage& stage : graph.stages) {
@@ -103,7 +99,7 @@ std::vector<double> block_costs(const PlannedWork& work, const Rates& rates) {
     const BlockCost cost =
         block_cost(*work.graph, rates, tokens, static_cast<double>(limits_of(work.shards).length));
     std::vector<double> costs(static_cast<std::size_t>(work.graph->blocks),
-                              cost.stream + cost.factors() + cost.solves());
+                              cost.stream + work.factors * cost.factors() + work.solves * cost.solves());
     const LinearGroup& last = work.graph->stages.back().group;
     costs.back() -= tokens * 2.0 * static_cast<double>(last.rows() * last.columns()) / rates.forward;
     return costs;
@@ -195,7 +191,14 @@ World imagine_world(int size, int ranks_per_host, std::uint64_t memory) {
     return world;
 }
 
-PlannedWork planned_work(const PreparedJob& job, const Backend& backend) {
+bool same_factor(const QuantizationSpec& a, const QuantizationSpec& b) {
+    const bool same_order = a.desc_act == b.desc_act && a.act_group_aware == b.act_group_aware &&
+                            (!a.act_group_aware || a.group_size == b.group_size);
+    return a.damp_percent == b.damp_percent && a.damp_auto_increment == b.damp_auto_increment && same_order;
+}
+
+PlannedWork planned_work(std::span<const PreparedJob> outputs, const Backend& backend) {
+    const PreparedJob& job = outputs.front();
     PlannedWork work;
     work.graph = &job.graph;
     work.shards = job.shards;
@@ -203,7 +206,12 @@ PlannedWork planned_work(const PreparedJob& job, const Backend& backend) {
     work.stored_bytes =
         size_of(dtype_from_safetensors(job.reader.find(job.graph.embedding).dtype).value_or(DType::f32));
     work.read_bytes = static_cast<double>(job.reader.total_bytes());
-    work.written_bytes = static_cast<double>(job.layout.total_bytes());
+    for (std::size_t o = 0; o < outputs.size(); ++o) {
+        work.written_bytes += static_cast<double>(outputs[o].layout.total_bytes());
+        if (o == 0) continue;
+        work.solves += 1.0;
+        if (!same_factor(outputs[o - 1].spec.quantization, outputs[o].spec.quantization)) work.factors += 1.0;
+    }
     return work;
 }
 
@@ -240,26 +248,30 @@ std::vector<GroupTimeline> simulate(const PlannedWork& work, const World& world,
             const std::vector<int>& group = plan.groups[g];
             const int blocks = plan.sweeps[s][g].count();
             const RankLoad load = load_of(work, 0, group.size());
-            const double stream = blocks * load.tokens * one_token.stream;
+            const double stream = plan.streams ? blocks * load.tokens * one_token.stream : 0.0;
             item_seconds[g] = stream / load.items;
-            const double loaded =
-                free_at[g] +
-                blocks * block_bytes / (rates.disk * std::max(1.0, group.size() / ranks_per_host));
-            const double begin = std::max(loaded, first_arrival);
+            const double read =
+                block_bytes + (plan.streams ? 0.0 : hessian_bytes(graph));  // from their store
+            // The groups of a host read at the same time.
+            const double disk = rates.disk * static_cast<double>(group.size()) / ranks_per_host;
+            const double loaded = free_at[g] + blocks * read / disk;
+            const double begin = plan.streams ? std::max(loaded, first_arrival) : loaded;
             line.first_item = begin;
-            line.streamed = std::max(begin + stream, last_arrival + item_seconds[g]);
-            line.idle_seconds += begin - loaded + (line.streamed - begin - stream);
+            line.streamed = plan.streams ? std::max(begin + stream, last_arrival + item_seconds[g]) : begin;
+            line.idle_seconds += std::max(0.0, line.streamed - loaded - stream);
             const double carries = spans_hosts(world, group) ? rates.network : rates.link;
-            const double reduce = group.size() > 1 ? blocks * hessian_bytes(graph) / carries : 0.0;
+            const double reduce =
+                plan.streams && group.size() > 1 ? blocks * hessian_bytes(graph) / carries : 0.0;
             std::vector<SolveTask> tasks;
             for (int block = 0; block < blocks; ++block) {
                 for (std::size_t stage = 0; stage < graph.stages.size(); ++stage) {
-                    tasks.push_back({block, stage, one_token.factor[stage], one_token.solve[stage]});
+                    tasks.push_back({block, stage, work.factors * one_token.factor[stage],
+                                     work.solves * one_token.solve[stage]});
                 }
             }
             const double solve = plan_solves(tasks, static_cast<int>(group.size())).seconds;
             line.solved = line.streamed + reduce + solve;
-            line.written = line.solved + write_share * blocks / rates.disk * 0.1;
+            line.written = line.solved + write_share * blocks / disk * 0.1;
             line.stream_seconds += stream;
             line.reduce_seconds += reduce;
             line.solve_seconds += solve;
@@ -314,12 +326,12 @@ LayerPlan row_groups(const World& world, std::optional<std::int64_t> groups) {
     return {form_groups(world.hosts, static_cast<int>(groups.value_or(world.host_count()))), {}, false};
 }
 
-LayerPlan layers_of(const PreparedJob& job, const World& world, const Backend& backend) {
+LayerPlan layers_of(std::span<const PreparedJob> outputs, const World& world, const Backend& backend) {
+    const PreparedJob& job = outputs.front();
     const std::optional<std::int64_t>& groups = job.spec.compute.layer_groups;
     if (job.spec.quantization.propagate == "quantized") return row_groups(world, groups);
     if (!job.spec.calibration.hessians.empty()) return plan_without_stream(world.hosts, job.graph.blocks);
-    const Rates rates = rates_of(backend.name(), usual_products(backend.name()));
-    return plan_layers(planned_work(job, backend), world, rates, groups);
+    return plan_layers(planned_work(outputs, backend), world, usual_rates(backend.name()), groups);
 }
 
 LayerMemory layer_memory(const PlannedWork& work, const LayerPlan& plan, int rank) {

@@ -1,6 +1,7 @@
 #pragma once
 
 #include <optional>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -36,8 +37,12 @@ struct PlannedWork {
     DType activation = DType::f32;
     std::size_t stored_bytes = 2;                  // of a weight in the checkpoint
     double read_bytes = 0.0, written_bytes = 0.0;  // of all tensors
+    double factors = 1.0, solves = 1.0;            // of each Hessian: several outputs need several
 };
-PlannedWork planned_work(const PreparedJob& job, const Backend& backend);
+// Of a job that writes these checkpoints.
+PlannedWork planned_work(std::span<const PreparedJob> outputs, const Backend& backend);
+// Whether two outputs can share the factor of a Hessian.
+bool same_factor(const QuantizationSpec& a, const QuantizationSpec& b);
 
 // Seconds at which the parts of a group's work end, counted from the start of the job.
 struct GroupTimeline {
@@ -63,7 +68,7 @@ LayerPlan plan_layers(const PlannedWork& work, const World& world, const Rates& 
 LayerPlan row_groups(const World& world, std::optional<std::int64_t> groups);
 
 // What suits this job on these ranks, by a rate that is the same in every run.
-LayerPlan layers_of(const PreparedJob& job, const World& world, const Backend& backend);
+LayerPlan layers_of(std::span<const PreparedJob> outputs, const World& world, const Backend& backend);
 
 // Bytes that a rank of `plan` holds at most, by purpose.
 struct LayerMemory {

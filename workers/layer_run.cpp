@@ -8,16 +8,10 @@
 #include "pipeline/stopwatch.h"
 #include "workers/calibration_batches.h"
 #include "workers/gptq_options.h"
+#include "workers/layer_planner.h"
 
 namespace quantmill {
 namespace {
-
-// Whether two outputs can share the factor of a Hessian.
-bool same_factor(const QuantizationSpec& a, const QuantizationSpec& b) {
-    const bool same_order = a.desc_act == b.desc_act && a.act_group_aware == b.act_group_aware &&
-                            (!a.act_group_aware || a.group_size == b.group_size);
-    return a.damp_percent == b.damp_percent && a.damp_auto_increment == b.damp_auto_increment && same_order;
-}
 
 // The rank of a group that writes a block's Hessians into a store: they lie in one file.
 int block_writer(int block, const Control& group) { return block % group.size(); }
@@ -44,6 +38,24 @@ HessianOrigin hessian_origin(const PreparedJob& job, Control& control) {
     origin.sequences = static_cast<std::int64_t>(job.calibration.sequences.size());
     origin.token_count = tokens_of_shards(job.shards);
     return origin;
+}
+
+std::string hessian_store_obstacle(const PreparedJob& job, Control& control) {
+    const CalibrationSpec& spec = job.spec.calibration;
+    if (spec.hessians.empty() && spec.save_hessians.empty()) return "";
+    const HessianOrigin origin = hessian_origin(job, control);
+    std::string obstacle;
+    if (control.rank() == 0) {
+        try {
+            if (!spec.hessians.empty()) HessianStore(spec.hessians, job.graph, origin).require_complete();
+            if (!spec.save_hessians.empty()) {
+                HessianStore(spec.save_hessians, job.graph, origin).require_no_other();
+            }
+        } catch (const BadInput& error) {
+            obstacle = error.what();
+        }
+    }
+    return control.broadcast(obstacle, 0);
 }
 
 void require_hessian_stores(const PreparedJob& job, Control& control) {

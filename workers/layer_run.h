@@ -16,7 +16,10 @@ namespace quantmill {
 
 // What the Hessians of a job are made of. Collective.
 HessianOrigin hessian_origin(const PreparedJob& job, Control& control);
-// Refuses stores of Hessians that do not belong to the job. Collective.
+// What the stores of Hessians that a job names have against it, nothing when they suit. Writes nothing.
+// Collective.
+std::string hessian_store_obstacle(const PreparedJob& job, Control& control);
+// Refuses stores of Hessians that do not belong to the job, and makes the one that it fills. Collective.
 void require_hessian_stores(const PreparedJob& job, Control& control);
 
 // Quantizes a model with the Hessians of its unquantized blocks: groups of ranks hold ranges of blocks, the

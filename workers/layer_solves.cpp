@@ -11,7 +11,7 @@ namespace quantmill {
 SweepSolves solves_of(const ModelGraph& graph, const std::string& backend, const LayerPlan& plan,
                       std::size_t sweep, std::size_t group) {
     SweepSolves solves;
-    const BlockCost cost = block_cost(graph, rates_of(backend, 1.0), 0.0, 0.0);
+    const BlockCost cost = block_cost(graph, usual_rates(backend), 0.0, 0.0);
     const BlockRange range = plan.sweeps[sweep][group];
     for (int block = range.begin; block < range.end; ++block) {
         for (std::size_t stage = 0; stage < graph.stages.size(); ++stage) {

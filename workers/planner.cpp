@@ -19,8 +19,7 @@
 namespace quantmill {
 namespace {
 
-// Rates that shared file systems and copies between a host and its GPUs usually keep.
-constexpr double kDiskBytesPerSecond = 5e8;
+// What copies between a host and its GPUs usually reach.
 constexpr double kHostCopyBytesPerSecond = 2e10;
 
 std::string last_part(const std::string& name) { return name.substr(name.rfind('.') + 1); }
@@ -218,7 +217,7 @@ std::vector<std::int64_t> shards_of(const PreparedJob& job, const World& world, 
 
 std::vector<NamedBytes> memory_of_groups(const PreparedJob& job, const Backend& backend,
                                          const LayerPlan& layers, int rank) {
-    const LayerMemory memory = layer_memory(planned_work(job, backend), layers, rank);
+    const LayerMemory memory = layer_memory(planned_work(std::span(&job, 1), backend), layers, rank);
     return {{"blocks of its group, with their Hessians", memory.blocks},
             {"hidden states on their way", memory.hidden},
             {"rows being solved and scratch", memory.scratch}};
@@ -347,47 +346,32 @@ double forward_flops(const ModelGraph& graph, double attention, bool keeps_carri
     return flops;
 }
 
-// What the forecast of propagate: quantized leaves out: activations that do not fit the device, and a shared
-// disk.
-PlannedTime estimate_time(const PreparedJob& job, const PlannedTime& expected, const Rates& rates,
-                          const Backend& backend, const Plan& plan) {
-    PlannedTime time = expected;
-    const double blocks = job.graph.blocks;
-    std::int64_t busiest_rank = 0;  // tokens of the rank that has most
-    std::int64_t streamed = 0;      // of the rank that keeps most on its host
-    bool recomputes = false;        // some rank
+// What activations that do not fit cost beside the forecast: operations that are repeated, and copies between
+// device and host as far as nothing hides them.
+void add_cost_of_activations(const PreparedJob& job, const Rates& rates, const Backend& backend, Plan& plan,
+                             PlannedTime& time) {
+    const double before = time.total();
+    const bool true_sequential = job.spec.quantization.true_sequential;
+    std::int64_t streamed = 0;  // tokens of the rank that keeps most on its host
+    bool recomputes = false;    // some rank
     for (const PlannedRank& rank : plan.ranks) {
-        busiest_rank = std::max(busiest_rank, rank.tokens);
         streamed = std::max(streamed, rank.tokens - rank.device_tokens);
         recomputes = recomputes || rank.recomputes;
     }
-    const auto busiest = static_cast<double>(busiest_rank);
-    const Attention& attention = job.graph.attention;
-    const double attention_flops =
-        2.0 * static_cast<double>(plan.calibration.longest * attention.heads * attention.head_dim);
-    const double passes = job.spec.quantization.true_sequential ? 1.0 : 2.0;
-    const bool keeps_carried = !recomputes || !job.spec.quantization.true_sequential;
-    time.forward = passes * blocks * busiest / rates.forward *
-                   forward_flops(job.graph, attention_flops * rates.forward / rates.attention, keeps_carried);
-    const bool errors = propagates_error(job);
-    // The original path runs every stage once.
-    if (errors) {
-        time.forward += blocks * busiest / rates.forward *
-                        forward_flops(job.graph, attention_flops * rates.forward / rates.attention, true);
+    if (recomputes && true_sequential) {
+        const Attention& attention = job.graph.attention;
+        const double flops =
+            2.0 * static_cast<double>(plan.calibration.longest * attention.heads * attention.head_dim);
+        const double as_products = flops * rates.forward / rates.attention;
+        time.forward *=
+            forward_flops(job.graph, as_products, false) / forward_flops(job.graph, as_products, true);
     }
-    const double streamed_bytes =
-        blocks * static_cast<double>(streamed) * static_cast<double>(size_of(backend.activation_dtype())) *
-        static_cast<double>(
-            streamed_elements(job.graph, !recomputes && job.spec.quantization.true_sequential, errors));
-    // Reading and writing hide behind computing as far as that lasts; the first block and the output's tail
-    // do not.
-    time.io = 0.0;
-    const double computing = time.total();
-    const double disk =
-        (static_cast<double>(plan.model.bytes) + static_cast<double>(plan.disk_needed)) / kDiskBytesPerSecond;
-    const double copies = streamed_bytes / kHostCopyBytesPerSecond;
-    time.io = disk / blocks + std::max(0.0, std::max(disk, copies) - computing);
-    return time;
+    const double copied = static_cast<double>(job.graph.blocks * streamed) *
+                          static_cast<double>(size_of(backend.activation_dtype())) *
+                          static_cast<double>(streamed_elements(job.graph, !recomputes && true_sequential,
+                                                                propagates_error(job)));
+    time.io += std::max(0.0, copied / kHostCopyBytesPerSecond - time.total());
+    plan.layers.seconds += time.total() - before;
 }
 
 void find_obstacles(const PreparedJob& job, Plan& plan) {
@@ -503,9 +487,11 @@ ActivationPlacement activations_of(const JobSpec& spec, const PlannedRank& rank)
 }
 
 Plan make_plan(const PreparedJob& job, Control& control, Backend& backend, const std::string& communicator,
-               bool measure, bool overwrite, const std::optional<World>& imagined) {
+               bool measure, bool overwrite, const std::optional<World>& imagined,
+               std::span<const PreparedJob> outputs) {
     const World world = imagined ? *imagined : gather_world(control, backend);
-    const LayerPlan layers = layers_of(job, world, backend);
+    const std::span<const PreparedJob> all = outputs.empty() ? std::span(&job, 1) : outputs;
+    const LayerPlan layers = layers_of(all, world, backend);
     const std::vector<int> writers = writers_of_files(job, world, layers, backend);
     Plan plan;
     plan.backend = backend.description();
@@ -525,13 +511,14 @@ Plan make_plan(const PreparedJob& job, Control& control, Backend& backend, const
     plan.ranks = describe_ranks(job, backend, world, layers, writers);
     const double gflops = measure ? measure_gflops(job.graph, control, backend) : 1.0;
     const Rates rates = rates_of(backend.name(), gflops * 1e9);
-    Forecast expected = forecast(job, planned_work(job, backend), world, rates, layers);
+    Forecast expected = forecast(job, planned_work(all, backend), world, rates, layers);
     plan.layers = std::move(expected.layers);
     if (measure) {
-        plan.time = job.spec.quantization.propagate == "original"
-                        ? expected.time
-                        : estimate_time(job, expected.time, rates, backend, plan);
-        plan.time->gflops = gflops;
+        expected.time.gflops = gflops;
+        if (job.spec.quantization.propagate == "quantized") {
+            add_cost_of_activations(job, rates, backend, plan, expected.time);
+        }
+        plan.time = expected.time;
     }
     find_obstacles(job, plan);
     find_output_obstacle(job, control, overwrite, plan);

@@ -41,18 +41,52 @@ OutputLocks claim_output_directories(const std::vector<PreparedJob>& jobs, bool 
     return locks;
 }
 
+void add_output(const PreparedJob& job, const Plan& more, Plan& plan) {
+    // Several checkpoints have the same shortages of memory.
+    const auto add = [](const std::vector<std::string>& found, std::vector<std::string>& all) {
+        for (const std::string& text : found) {
+            if (std::ranges::find(all, text) == all.end()) all.push_back(text);
+        }
+    };
+    add(more.problems, plan.problems);
+    add(more.warnings, plan.warnings);
+    plan.more_outputs.push_back(fmt::format(
+        "{} ({}): {}; {} in {} file{}", more.output_directory, more.output_format, more.quantization.scheme,
+        bytes_text(job.layout.total_bytes()), more.files.size(), more.files.size() == 1 ? "" : "s"));
+    plan.disk_needed += more.disk_needed;
+    plan.disk_reclaimed += more.disk_reclaimed;
+    plan.disk_free += more.disk_reclaimed;
+}
+
+// Stores of Hessians: what the job has to do with them, and what they have against it.
+void add_hessian_stores(const PreparedJob& job, Control& control, Plan& plan) {
+    const CalibrationSpec& spec = job.spec.calibration;
+    const std::string obstacle = hessian_store_obstacle(job, control);
+    if (!obstacle.empty()) plan.problems.push_back(obstacle);
+    if (!spec.hessians.empty()) {
+        plan.calibration.hessians =
+            fmt::format("Hessians come from {}: the model is not run", spec.hessians.string());
+    }
+    if (spec.save_hessians.empty()) return;
+    const std::uint64_t needed = HessianStore(spec.save_hessians, job.graph, {}).bytes();
+    const std::uint64_t free = free_disk(spec.save_hessians);
+    plan.calibration.hessians =
+        fmt::format("Hessians are kept in {}: {} of disk, {} free there", spec.save_hessians.string(),
+                    bytes_text(needed), bytes_text(free));
+    if (needed <= free) return;
+    plan.problems.push_back(fmt::format("calibration.save_hessians {}: they need {} of disk, {} are free",
+                                        spec.save_hessians.string(), bytes_text(needed), bytes_text(free)));
+}
+
 // The plan of a job and of all its checkpoints.
 Plan plan_of(const std::vector<PreparedJob>& jobs, Control& control, Backend& backend,
              const std::string& communicator, bool measure, bool overwrite, const World& world) {
-    Plan plan = make_plan(jobs.front(), control, backend, communicator, measure, overwrite, world);
+    Plan plan = make_plan(jobs.front(), control, backend, communicator, measure, overwrite, world, jobs);
     for (std::size_t o = 1; o < jobs.size(); ++o) {
-        const Plan more = make_plan(jobs[o], control, backend, communicator, false, overwrite, world);
-        plan.problems.insert(plan.problems.end(), more.problems.begin(), more.problems.end());
-        plan.warnings.insert(plan.warnings.end(), more.warnings.begin(), more.warnings.end());
-        plan.disk_needed += more.disk_needed;
-        plan.disk_reclaimed += more.disk_reclaimed;
-        plan.disk_free += more.disk_reclaimed;
+        const Plan more = make_plan(jobs[o], control, backend, communicator, false, overwrite, world, jobs);
+        add_output(jobs[o], more, plan);
     }
+    add_hessian_stores(jobs.front(), control, plan);
     if (jobs.size() > 1 && plan.disk_needed > plan.disk_free) {
         // Not a refusal: the directories may lie on different disks.
         plan.warnings.push_back(
@@ -124,7 +158,7 @@ void run_job(const RunCommand& command, Control& control) {
     }
     const PlannedRank& mine = plan.ranks.at(static_cast<std::size_t>(control.rank()));
     Coordinator coordinator(control, compute.stall_timeout, original);
-    execute_job(jobs, layers_of(job, world, *backend), control, *backend, coordinator,
+    execute_job(jobs, layers_of(jobs, world, *backend), control, *backend, coordinator,
                 {watch, expected_seconds, activations_of(job.spec, mine)}, reports);
     coordinator.finish();
     for (std::size_t o = 0; o < jobs.size() && control.rank() == 0; ++o) {

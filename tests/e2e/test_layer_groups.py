@@ -22,9 +22,9 @@ ORIGINAL = {"bits": 4, "group_size": 32, "propagate": "original"}
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory with a model of three blocks, tokens of unequal lengths and a job."""
+    """A directory with a model of four blocks, tokens of unequal lengths and a job."""
     work = tmp_path_factory.mktemp("small")
-    model = make_checkpoint(work / "model", "Llama", num_hidden_layers=3, hidden_size=64)
+    model = make_checkpoint(work / "model", "Llama", num_hidden_layers=4, hidden_size=64)
     store = write_store(work / "calib.h5", random_sequences(9, 70, vocabulary=VOCABULARY), model, VOCABULARY)
     write_job(work / "job.yaml", model, store, work / "out", ORIGINAL, max_shard_size="40kB")
     return work
@@ -39,7 +39,8 @@ def run(quantmill: Run, work: Path, output: Path, *words: object, ranks: int = 1
 def test_groups_chosen_by_the_job(quantmill: Run, small: Path, tmp_path: Path, propagate: str) -> None:
     words = ["--set", f"quantization.propagate={propagate}"]
     expected = run(quantmill, small, tmp_path / "alone", *words)
-    for ranks, groups in [(2, "2"), (2, "1"), (3, "3"), (3, "2"), (4, "auto"), (4, "2")]:
+    # Three groups hold blocks of which one has two; two groups have ranks of which one has two.
+    for ranks, groups in [(1, "1"), (2, "2"), (2, "1"), (3, "3"), (3, "2"), (4, "4"), (4, "2"), (4, "auto")]:
         output = tmp_path / f"{ranks}-{groups}"
         assert run(quantmill, small, output, *words, "--set", f"compute.layer_groups={groups}", ranks=ranks) == expected
 
@@ -63,10 +64,10 @@ def test_one_sequence(quantmill: Run, small: Path, tmp_path: Path) -> None:
 
 
 def test_more_groups_than_blocks(quantmill: Run, small: Path, tmp_path: Path) -> None:
-    words = ["run", small / "job.yaml", "--set", f"output.directory={tmp_path / 'out'}", "--set", "compute.layer_groups=4"]
-    done = quantmill(*words, ranks=4, code=2)
-    assert "compute.layer_groups: 4 groups are more than the 3 blocks" in done.stderr
-    assert "choose at most 3, or auto" in done.stderr
+    words = ["run", small / "job.yaml", "--set", f"output.directory={tmp_path / 'out'}", "--set", "compute.layer_groups=5"]
+    done = quantmill(*words, ranks=5, code=2)
+    assert "compute.layer_groups: 5 groups are more than the 4 blocks" in done.stderr
+    assert "choose at most 4, or auto" in done.stderr
     assert not (tmp_path / "out").exists()
 
 
@@ -94,6 +95,8 @@ def test_three_checkpoints_are_those_of_three_jobs(quantmill: Run, small: Path, 
         quantmill("run", tmp_path / f"alone{i}.yaml")
     job["outputs"] = [common | {"directory": str(tmp_path / f"out{i}"), "quantization": c} for i, c in enumerate(changes)]
     (tmp_path / "job.yaml").write_text(yaml.safe_dump(job))
+    plan = quantmill("plan", tmp_path / "job.yaml").stdout
+    assert re.search(r"out1 \(gptq\): 3 bits, group_size 32.*\n.*out2 \(gptq\): 8 bits, group_size -1, symmetric, desc_act;", plan), plan
     quantmill("run", tmp_path / "job.yaml", ranks=3)
     for i in range(3):
         assert digests(tmp_path / f"out{i}") == digests(tmp_path / f"alone{i}"), changes[i]
@@ -103,16 +106,23 @@ def test_store_of_hessians(quantmill: Run, small: Path, tmp_path: Path) -> None:
     store = tmp_path / "hessians"
     save = ["--set", f"calibration.save_hessians={store}"]
     load = ["--set", f"calibration.hessians={store}"]
+    assert re.search(r"Hessians are kept in .*hessians: [\d.]+ [kM]B of disk", quantmill("plan", small / "job.yaml", *save).stdout)
+    assert not store.exists()
     expected = run(quantmill, small, tmp_path / "saved", *save, ranks=2)
+    assert re.search(r"Hessians come from .*hessians: the model is not run", quantmill("plan", small / "job.yaml", *load).stdout)
     for ranks in (1, 2, 4):
         assert run(quantmill, small, tmp_path / f"loaded{ranks}", *load, ranks=ranks) == expected
     three_bits = ["--set", "quantization.bits=3"]
     assert run(quantmill, small, tmp_path / "w3", *load, *three_bits) == run(quantmill, small, tmp_path / "w3run", *three_bits)
 
-    def refused(job: Path, *words: str) -> str:
+    def refused(job: Path, *words: str, planned: bool = True) -> str:
         output = f"output.directory={tmp_path / 'refused'}"
+        plan = quantmill("plan", job, *load, "--set", output, *words, code=2 if planned else 0).stdout
+        assert (str(store) in plan.partition("This job cannot run")[2]) == planned
         return quantmill("run", job, *load, "--set", output, *words, code=2, ranks=2).stderr
 
+    saving = quantmill("run", small / "job.yaml", *save, "--set", "calibration.sequences=8", code=2).stderr
+    assert re.search(r"block-00000.h5: .*of other calibration tokens: 9 sequences", saving)
     fewer = refused(small / "job.yaml", "--set", "calibration.sequences=8")
     assert re.search(r"of other calibration tokens: 9 sequences with \d+ tokens .* the job's are 8 with", fewer)
     other = shutil.copytree(small / "model", tmp_path / "model")
@@ -128,9 +138,10 @@ def test_store_of_hessians(quantmill: Run, small: Path, tmp_path: Path) -> None:
     flipped = bytearray(whole)
     flipped[len(whole) * 3 // 4] ^= 0x10
     block.write_bytes(flipped)
-    assert re.search(r"block-00001.h5: .* cannot be read .* make it again", refused(small / "job.yaml"))
+    # Plan reads no Hessian.
+    assert re.search(r"block-00001.h5: .* cannot be read .* make it again", refused(small / "job.yaml", planned=False))
     block.unlink()
-    assert "1 of 3 blocks are missing, block-00001.h5 first" in refused(small / "job.yaml")
+    assert "1 of 4 blocks are missing, block-00001.h5 first" in refused(small / "job.yaml")
     assert not (tmp_path / "refused" / INDEX).exists()
 
 
@@ -171,17 +182,22 @@ class Job:
         if not any(re.search(rf":{rank}\] debug .*{doing}", line) for line in self.lines()):
             pytest.fail(f"rank {rank} never did: {doing}\n{self.log}", pytrace=False)
 
-    def pid(self, rank: int) -> int:
+    def pids(self) -> dict[int, int]:
+        """Processes by rank."""
+        found = {}
         for entry in Path("/proc").glob("[0-9]*"):
             try:
                 environment = (entry / "environ").read_bytes().split(b"\0")
                 parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
             except (OSError, IndexError):
                 continue
-            ours = parent == self.process.pid or self.grandparent(parent) == self.process.pid
-            if ours and {b"OMPI_COMM_WORLD_RANK=%d" % rank, b"PMI_RANK=%d" % rank} & set(environment):
-                return int(entry.name)
-        pytest.fail(f"no process of rank {rank}")
+            if self.process.pid not in (parent, self.grandparent(parent)):
+                continue
+            variables = dict(word.split(b"=", 1) for word in environment if b"=" in word)
+            rank = variables.get(b"OMPI_COMM_WORLD_RANK", variables.get(b"PMI_RANK"))
+            if rank is not None:
+                found[int(rank)] = int(entry.name)
+        return found
 
     @staticmethod
     def grandparent(pid: int) -> int:
@@ -191,15 +207,26 @@ class Job:
             return 0
 
     def end(self, seconds: float) -> int:
-        """Its exit code; fails when it takes longer."""
+        """Its exit code; fails when it or any of its ranks takes longer."""
+        ranks = self.pids().values()
         begin = time.monotonic()
         for _ in self.lines():
             pass
         code = self.process.wait(timeout=seconds + 60)
+        while any(is_alive(pid) for pid in ranks) and time.monotonic() - begin < seconds:
+            time.sleep(0.1)
         assert time.monotonic() - begin < seconds, f"ended after {time.monotonic() - begin:.1f} s\n{self.log}"
         return code
 
 
+def is_alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in {"Z", "X"}
+    except OSError:
+        return False
+
+
+STALL = 6  # seconds; on a busy machine one micro-batch takes two
 PHASES = {"stream": "streaming, micro-batch 3/", "solve": "block .*: solving rows"}
 
 
@@ -208,7 +235,7 @@ PHASES = {"stream": "streaming, micro-batch 3/", "solve": "block .*: solving row
 def test_killed_rank_ends_the_job(slow: Path, tmp_path: Path, phase: str, rank: int) -> None:
     job = Job(slow, tmp_path / "out", 3, "--set", "compute.layer_groups=3")
     job.wait_until(rank, PHASES[phase])
-    os.kill(job.pid(rank), signal.SIGKILL)
+    os.kill(job.pids()[rank], signal.SIGKILL)
     assert job.end(10) != 0
     if not job.ended_by_hydra:
         assert re.search(rf"rank {rank} on \S+ was lost: .* Last seen: (streaming|block)", job.log), job.log
@@ -218,14 +245,14 @@ def test_killed_rank_ends_the_job(slow: Path, tmp_path: Path, phase: str, rank: 
 @pytest.mark.parametrize("rank", [0, 2])
 @pytest.mark.parametrize("phase", PHASES)
 def test_stalled_rank_ends_the_job(slow: Path, tmp_path: Path, phase: str, rank: int) -> None:
-    job = Job(slow, tmp_path / "out", 3, "--set", "compute.layer_groups=3", "--set", "compute.stall_timeout=3s")
+    job = Job(slow, tmp_path / "out", 3, "--set", "compute.layer_groups=3", "--set", f"compute.stall_timeout={STALL}s")
     job.wait_until(rank, PHASES[phase])
-    pid = job.pid(rank)
+    pid = job.pids()[rank]
     os.kill(pid, signal.SIGSTOP)
     try:
-        code = job.end(3 + 10)
+        code = job.end(STALL + 10)
     finally:
-        if Path(f"/proc/{pid}").exists():
+        if is_alive(pid):
             os.kill(pid, signal.SIGCONT)
     assert code == 75, job.log
     assert re.search(rf"rank {rank} on \S+ has stalled: no sign of life for .* Last seen: (streaming|block)", job.log), job.log

@@ -44,6 +44,8 @@ protected:
 
 TEST_F(HessianStoreTest, ReadsWhatWasWritten) {
     const HessianStore store = this->store(origin_);
+    store.require_no_other();
+    EXPECT_FALSE(fs::exists(directory_ / "store"));
     store.prepare();
     std::vector<std::vector<StoredHessian>> blocks;
     for (int b = 0; b < graph_.blocks; ++b) {
@@ -51,6 +53,10 @@ TEST_F(HessianStoreTest, ReadsWhatWasWritten) {
         store.write_block(b, blocks.back());
     }
     store.require_complete();
+    std::uint64_t bytes = 0;
+    for (int b = 0; b < graph_.blocks; ++b) bytes += fs::file_size(block(b));
+    EXPECT_LE(store.bytes(), bytes);
+    EXPECT_LE(bytes - store.bytes(), 40'000U * static_cast<unsigned>(graph_.blocks));  // what HDF5 adds
     store.prepare();  // again: a job that is repeated
     for (int b = 0; b < graph_.blocks; ++b) {
         EXPECT_FALSE(fs::exists(block(b).string() + ".partial"));
@@ -68,6 +74,7 @@ TEST_F(HessianStoreTest, SaysWhatDiffers) {
     const auto refused = [&](const HessianOrigin& origin, const std::vector<std::string>& parts) {
         expect_error<BadInput>([&] { store(origin).require_complete(); }, parts);
         expect_error<BadInput>([&] { store(origin).prepare(); }, parts);
+        expect_error<BadInput>([&] { store(origin).require_no_other(); }, parts);
     };
     refused({"other", "cccc", "bbbb", 3, 70},
             {"block-00000.h5", "of another model: tiny (weights aaaa), the job's is other"});

@@ -41,6 +41,62 @@ TEST_F(ForecastTest, CountsOperations) {
     EXPECT_DOUBLE_EQ(solve, (128.0 + 64 + 192) * 64 * 64 + 64.0 * 96 * 96);
 }
 
+// Whole blocks as bench_block timed them on one H200 (bench/RESULTS.md): 128 x 2048 tokens, products at 790
+// TFLOP/s.
+TEST(CostModel, GivesTheTimesOfMeasuredBlocks) {
+    struct Measured {
+        std::int64_t hidden, inner, heads;
+        double forward, hessian, factor, block;
+    };
+    for (const Measured& measured : {Measured{8192, 28672, 64, 0.704, 0.490, 0.093, 1.385},
+                                     Measured{4096, 14336, 32, 0.186, 0.130, 0.027, 0.368}}) {
+        auto config = testing::tiny_config("LlamaForCausalLM");
+        config["hidden_size"] = measured.hidden;
+        config["intermediate_size"] = measured.inner;
+        config["num_attention_heads"] = measured.heads;
+        config["num_key_value_heads"] = 8;
+        config["head_dim"] = 128;
+        const ModelGraph graph = build_model_graph(config, "config.json");
+        PlannedWork work;
+        work.graph = &graph;
+        work.shards = plan_batch_shards(std::vector<std::int64_t>(128, 2048), 16384);
+        const World alone = imagine_world(1, 1, std::uint64_t{1} << 40U);
+        const PlannedTime time =
+            forecast_quantized(work, alone, rates_of("cuda", 7e14), row_groups(alone, 1), true).time;
+        EXPECT_NEAR(time.forward / graph.blocks, measured.forward, 0.05 * measured.forward);
+        EXPECT_NEAR(time.hessian / graph.blocks, measured.hessian, 0.05 * measured.hessian);
+        EXPECT_NEAR(time.factor / graph.blocks, measured.factor, 0.05 * measured.factor);
+        EXPECT_NEAR(time.total() / graph.blocks, measured.block, 0.06 * measured.block);
+    }
+}
+
+TEST_F(ForecastTest, FurtherCheckpointsCostASolveAndAWrite) {
+    const LayerPlan layers = plan_layers(work_, world(4), rates_, 2);
+    const double one = forecast_original(work_, world(4), rates_, layers).layers.seconds;
+    work_.solves = 3.0;
+    work_.factors = 2.0;
+    const double three = forecast_original(work_, world(4), rates_, layers).layers.seconds;
+    // Groups of two ranks, six blocks each: a rank has half of a group's 24 Hessians.
+    const BlockCost block = block_cost(graph_, rates_, 1600, 100);
+    EXPECT_NEAR(three - one, 3 * (block.factors() + 2 * block.solves()), 1e-9);
+}
+
+TEST_F(ForecastTest, AStoreOfHessiansNeedsNoStream) {
+    const LayerPlan layers = plan_without_stream(world(4).hosts, 12);
+    rates_.disk = 1e6;
+    const Forecast forecast = forecast_original(work_, world(4), rates_, layers);
+    const BlockCost block = block_cost(graph_, rates_, 1600, 100);
+    double hessians = 0.0;
+    for (const Stage& stage : graph_.stages) {
+        hessians += static_cast<double>(stage.group.columns() * (stage.group.columns() + 1) / 2 * 8);
+    }
+    const double weights = static_cast<double>(graph_.block_parameters()) * 2.0;
+    EXPECT_NEAR(forecast.layers.seconds,
+                3 * (4 * (hessians + weights) / rates_.disk + block.factors() + block.solves()), 1e-9);
+    EXPECT_EQ(forecast.layers.bubble, 0.0);
+    EXPECT_EQ(forecast.layers.sweeps, 0);
+}
+
 TEST_F(ForecastTest, AStreamThroughGroupsIsTheSumOfItsParts) {
     const LayerPlan alone = plan_layers(work_, world(1), rates_, 1);
     const double one = total_seconds(simulate(work_, world(1), rates_, alone));
