@@ -8,7 +8,8 @@
 
 namespace quantmill {
 
-std::string choose_communicator(const std::string& kind, Control& control, Backend& backend) {
+std::string choose_communicator(const std::string& kind, [[maybe_unused]] Control& control,
+                                [[maybe_unused]] Backend& backend) {
     if (kind != "auto" && kind != "mpi" && kind != "nccl") {
         throw BadInput("compute.communicator is '{}'; it must be auto, nccl or mpi", kind);
     }

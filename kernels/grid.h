@@ -24,12 +24,6 @@ inline Half storable_scale(float scale, bool bf16) {
 
 inline Half negated(Half scale) { return {static_cast<std::uint16_t>(scale.bits ^ 0x8000U)}; }
 
-// The same as the grid stores it: with bf16_scales eight significant bits, which bf16 and fp16 both hold.
-inline Half storable_scale(float scale, const QuantizationGrid& grid) {
-    const float kept = grid.bf16_scales ? to_float(to_bfloat16(std::min(scale, kHalfMax))) : scale;
-    return storable_scale(std::min(kept, grid.bf16_scales ? 65280.0F : kHalfMax));
-}
-
 // Rounds half to even for |x| < 2^22, in a form that every instruction set vectorises.
 inline float round_half_even(float x) {
     constexpr float kShift = 0x1.8p23F;

@@ -31,7 +31,7 @@ struct Problem {
 double storable_change(float scale, double change, const QuantizationGrid& grid) {
     const double wanted = double{scale} + change;
     if (!std::isfinite(wanted) || (wanted > 0.0) != (scale > 0.0F)) return 0.0;
-    const auto size = to_float(storable_scale(static_cast<float>(std::abs(wanted)), grid));
+    const auto size = to_float(storable_scale(static_cast<float>(std::abs(wanted)), grid.bf16_scales));
     return double{std::copysign(size, scale)} - double{scale};
 }
 
