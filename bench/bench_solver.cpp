@@ -61,6 +61,20 @@ void solve(Bench& bench, std::int64_t rows, std::int64_t columns, std::int64_t g
     const double elements = static_cast<double>(rows) * static_cast<double>(columns);
     bench.measure({"gptq_solve", shape, elements * static_cast<double>(columns), Unit::flop, error, 1e-3},
                   run);
+    // The same solve with each search: what it takes longer is the search's.
+    for (const auto& [name, searched] :
+         {std::pair{"hessian, signed", QuantizationGrid{4, group_size, true, ScaleSearch::hessian, true}},
+          {"mse", QuantizationGrid{4, group_size, true, ScaleSearch::mse}}}) {
+        const auto search = [&, own = searched] {
+            bench.backend().gptq_solve(weights, factor, own, {codes, scales, zeros}, loss);
+        };
+        search();
+        dequantize();
+        bench.measure({"gptq_solve", shape + " " + name, elements * static_cast<double>(columns), Unit::flop,
+                       loss_error(weights, factor, dequantized, loss), 1e-3},
+                      search);
+    }
+    run();
     bench.measure({"dequantize", shape, elements * 5, Unit::byte, error, 1e-3}, dequantize);
 
     Tensor words = bench.empty({columns / 8, rows}, DType::i32);

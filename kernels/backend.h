@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "kernels/copy_lane.h"
+#include "kernels/scale_search.h"
 #include "kernels/tensor.h"
 
 namespace quantmill {
@@ -24,10 +25,6 @@ struct AttentionOptions {
     float scale = 1.0F;       // multiplies q·k, usually 1/sqrt(head_dim)
     std::int64_t window = 0;  // a token sees itself and the window - 1 before it; 0: all before it
 };
-
-// How a group's scale is chosen (docs/quality.md): from its extremes, or as that of the shrinks of that scale
-// with the least Σ |s − q|^2.4 (GPTQModel's mse), or the least Σ (s − q)² R_jj², the loss of GPTQ.
-enum class ScaleSearch : std::uint8_t { minmax, mse, hessian };
 
 // The integer grid of a quantized linear. Codes are 0 … 2^bits − 1; weight = scale · (code − zero).
 struct QuantizationGrid {

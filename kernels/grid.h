@@ -30,23 +30,6 @@ inline float round_half_even(float x) {
     return (x + kShift) - kShift;
 }
 
-// Scales that a search tries, the first and largest first, in steps of the min-max scale's share.
-struct Shrinks {
-    int count, first, whole;  // scale i is (first − i) / whole of the min-max scale
-    float of(int i) const { return static_cast<float>(first - i) / static_cast<float>(whole); }
-};
-inline constexpr Shrinks kMinMaxShrinks{1, 1, 1};
-inline constexpr Shrinks kMseShrinks{80, 100, 100};    // GPTQModel's: 1.00 … 0.21
-inline constexpr Shrinks kHessianShrinks{33, 42, 40};  // 1.05 … 0.25
-inline Shrinks shrinks_of(ScaleSearch search) {
-    switch (search) {
-        case ScaleSearch::mse: return kMseShrinks;
-        case ScaleSearch::hessian: return kHessianShrinks;
-        case ScaleSearch::minmax: break;
-    }
-    return kMinMaxShrinks;
-}
-
 // Whether each shrink is tried twice: with both signs or, as GPTQModel does for asymmetric grids of 2 bits,
 // with both integers next to the ideal zero.
 inline bool tries_twins(const QuantizationGrid& grid) {

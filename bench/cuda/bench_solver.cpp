@@ -66,10 +66,15 @@ private:
     std::vector<float> host_;
 };
 
+std::string name_of(const QuantizationGrid& grid) {
+    constexpr const char* kSearches[] = {"", " mse", " hessian"};
+    return fmt::format("W{} g{} {}{}{}", grid.bits, grid.group_size, grid.sym ? "sym" : "asym",
+                       kSearches[static_cast<int>(grid.search)], grid.signed_scales ? " signed" : "");
+}
+
 void solve(CudaBench& bench, Factors& factors, std::int64_t rows, std::int64_t columns,
            const QuantizationGrid& grid) {
-    const std::string shape = fmt::format("{} x {} W{} g{} {}", rows, columns, grid.bits, grid.group_size,
-                                          grid.sym ? "sym" : "asym");
+    const std::string shape = fmt::format("{} x {} {}", rows, columns, name_of(grid));
     if (!bench.wanted("solve", shape)) return;
     CudaBackend& backend = bench.backend();
     factors.make(columns);
@@ -106,5 +111,15 @@ int main(int argc, char** argv) {
         run(57344, 8192, {3, 32, false});
         run(57344, 8192, {4, 1024, true});
         run(8192, 28672, {4, 128, true});
+        // What the searches add: each shape again without one.
+        using quantmill::ScaleSearch;
+        for (const auto& [rows, columns] : {std::pair{10240, 8192}, {57344, 8192}, {8192, 28672}}) {
+            run(rows, columns, {4, 128, true, ScaleSearch::minmax, true});
+            run(rows, columns, {4, 128, true, ScaleSearch::hessian, true});
+            run(rows, columns, {4, 128, true, ScaleSearch::hessian});
+            run(rows, columns, {4, 128, true, ScaleSearch::mse});
+        }
+        run(57344, 8192, {2, 64, true, ScaleSearch::hessian, true});
+        run(57344, 8192, {4, 1024, true, ScaleSearch::hessian, true});
     });
 }

@@ -49,7 +49,7 @@ public:
         : gemm_(gemm),
           stream_(backend.stream()),
           rows_(rows),
-          cut_(rows.grid.group_size, rows.columns),
+          cut_(rows.given == nullptr ? rows.grid.group_size : rows.columns, rows.columns),
           slots_(cut_.slots),
           ld_pushes_(padded(std::min(cut_.panel, rows.columns))),
           ld_parts_((slots_.of(rows.columns - 1) + 1) * cuda::kSolveSlot),
@@ -63,9 +63,10 @@ public:
         }
         rows_.errors = errors_.view().bytes();
         rows_.slots = slots_;
-        if (!cut_.one_group && !cut_.wide_groups) return;
-        ranges_ = backend.empty({rows.rows, 2}, DType::f32, "ranges of a group");
+        if (rows.given != nullptr || (!cut_.one_group && !cut_.wide_groups)) return;
+        importance_ = backend.empty({rows.columns}, DType::f32, "importance of columns");
         if (!cut_.wide_groups) return;
+        ranges_ = backend.empty({rows.rows, 2}, DType::f32, "ranges of a group");
         continued_ = backend.empty({rows.rows, ld_pushes_}, DType::f32, "continued pushes of a group");
         backend.zero(continued_);  // a kernel loads whole vectors, also beyond a block's last column
     }
@@ -85,6 +86,10 @@ public:
 
     void run(CudaBackend& backend) {
         backend.zero(pushes_);
+        const bool choose = rows_.given == nullptr;
+        if (choose && (cut_.one_group || cut_.wide_groups)) {
+            cuda::importance(rows_.factor, rows_.columns, floats(importance_), stream_);
+        }
         for (panel_ = 0; panel_ < rows_.columns; panel_ += cut_.panel) {
             panel_end_ = std::min(panel_ + cut_.panel, rows_.columns);
             if (!rows_.exact) {
@@ -95,7 +100,7 @@ public:
             if (cut_.wide_groups) {
                 solve_wide_groups();
             } else {
-                if (cut_.one_group && panel_ == 0) choose_from_weights(0, rows_.columns);
+                if (choose && cut_.one_group && panel_ == 0) choose_grid(0, nullptr);
                 solve_blocks(panel_, panel_end_, cut_.one_group);
             }
         }
@@ -170,7 +175,7 @@ private:
             const std::int64_t end = std::min(begin + rows_.grid.group_size, panel_end_);
             push(panel_, begin, begin, end, floats(pushes_), floats(pushes_));
             if (begin == 0) {
-                choose_from_weights(begin, end);
+                choose_grid(0, nullptr);
             } else {
                 choose_from_updated_weights(begin, end);
             }
@@ -178,9 +183,8 @@ private:
         }
     }
 
-    void choose_from_weights(std::int64_t begin, std::int64_t end) {
-        cuda::weight_range(rows_, begin, end, ranges_.view().bytes(), stream_);
-        cuda::group_grid(rows_, ranges_.view().bytes(), 0, stream_);
+    void choose_grid(std::int64_t group, const void* ranges) {
+        cuda::choose_grids(rows_, group, 1, ranges, floats(importance_), stream_);
     }
 
     // S = W + Z, Z = P · (I + triu(C_gg, 1))⁻¹, block by block: while Z is made its negative stands in
@@ -193,7 +197,7 @@ private:
             cuda::continue_block(rows_, block_at(column, stop, pushes, false), ranges_.view().bytes(),
                                  stream_);
         }
-        cuda::group_grid(rows_, ranges_.view().bytes(), begin / rows_.grid.group_size, stream_);
+        choose_grid(begin / rows_.grid.group_size, ranges_.view().bytes());
     }
 
     cuda::Gemm& gemm_;
@@ -202,40 +206,80 @@ private:
     Cut cut_;
     cuda::SolveSlots slots_;
     std::int64_t ld_pushes_, ld_parts_;
-    Tensor pushes_;     // [R, panel]
-    Tensor errors_;     // bf16 [R, slots]; exact: f32 [R, C]
-    Tensor factor_;     // bf16 [panel, slots]: the panel's columns of C, transposed; exact: none
-    Tensor ranges_;     // [R, 2]
-    Tensor continued_;  // [R, panel]
+    Tensor pushes_;      // [R, panel]
+    Tensor errors_;      // bf16 [R, slots]; exact: f32 [R, C]
+    Tensor factor_;      // bf16 [panel, slots]: the panel's columns of C, transposed; exact: none
+    Tensor importance_;  // [C]: R_jj²
+    Tensor ranges_;      // [R, 2]
+    Tensor continued_;   // [R, panel]
     std::int64_t panel_ = 0, panel_end_ = 0;
 };
+
+cuda::SolveRows solve_rows(ConstTensorView weights, const QuantizationGrid& grid, const QuantizedViews& out) {
+    return {.weights = reinterpret_cast<const float*>(weights.bytes()),
+            .factor = nullptr,
+            .errors = nullptr,
+            .codes = nullptr,
+            .scales = out.scales.bytes(),
+            .zeros = reinterpret_cast<std::uint8_t*>(out.zeros.bytes()),
+            .loss = nullptr,
+            .given = nullptr,
+            .rows = weights.extent(0),
+            .columns = weights.extent(1),
+            .groups = grid.groups(weights.extent(1)),
+            .ld_errors = 0,
+            .exact = false,
+            .grid = {grid.bits, grid.group_size, grid.sym, grid.search, grid.signed_scales, grid.bf16_scales,
+                     shrinks_of(grid.search)},
+            .slots = {}};
+}
+
+cuda::SolveRows solve_rows(ConstTensorView weights, ConstTensorView factor, const QuantizationGrid& grid,
+                           const QuantizedViews& out, TensorView loss) {
+    cuda::SolveRows rows = solve_rows(weights, grid, out);
+    rows.factor = reinterpret_cast<const float*>(factor.bytes());
+    rows.codes = reinterpret_cast<std::uint8_t*>(out.codes.bytes());
+    rows.loss = reinterpret_cast<float*>(loss.bytes());
+    return rows;
+}
 
 }  // namespace
 
 std::size_t CudaBackend::solve_workspace(std::int64_t rows, std::int64_t columns,
                                          const QuantizationGrid& grid) const {
-    return Solver::workspace(rows, columns, grid.group_size);
+    // Given grids are solved in blocks that no group cuts.
+    const std::size_t most = std::max(Solver::workspace(rows, columns, grid.group_size),
+                                      Solver::workspace(rows, columns, columns));
+    return most + static_cast<std::size_t>(columns) * size_of(DType::f32);  // importance or groups of columns
 }
 
 void CudaBackend::gptq_solve(ConstTensorView weights, ConstTensorView factor, const QuantizationGrid& grid,
                              QuantizedViews out, TensorView loss) {
     require_solve_operands(weights, factor, grid, out, loss);
     if (weights.shape().count() == 0) return zero(loss);
-    const cuda::SolveRows rows{.weights = reinterpret_cast<const float*>(weights.bytes()),
-                               .factor = reinterpret_cast<const float*>(factor.bytes()),
-                               .errors = nullptr,
-                               .codes = reinterpret_cast<std::uint8_t*>(out.codes.bytes()),
-                               .scales = out.scales.bytes(),
-                               .zeros = reinterpret_cast<std::uint8_t*>(out.zeros.bytes()),
-                               .loss = reinterpret_cast<float*>(loss.bytes()),
-                               .rows = weights.extent(0),
-                               .columns = weights.extent(1),
-                               .groups = grid.groups(weights.extent(1)),
-                               .ld_errors = 0,
-                               .exact = false,
-                               .grid = {grid.bits, grid.group_size, grid.sym},
-                               .slots = {}};
+    Solver(*this, *gemm_, solve_rows(weights, factor, grid, out, loss)).run(*this);
+}
+
+void CudaBackend::gptq_solve_static(ConstTensorView weights, ConstTensorView factor,
+                                    std::span<const std::int32_t> groups, const QuantizationGrid& grid,
+                                    QuantizedViews quantized, TensorView loss) {
+    require_solve_operands(weights, factor, grid, quantized, loss);
+    require_group_index(groups, grid, weights.extent(1));
+    if (weights.shape().count() == 0) return zero(loss);
+    const Tensor given = upload(groups, "groups of columns");
+    cuda::SolveRows rows = solve_rows(weights, factor, grid, quantized, loss);
+    rows.given = reinterpret_cast<const std::int32_t*>(given.view().bytes());
     Solver(*this, *gemm_, rows).run(*this);
+}
+
+void CudaBackend::choose_grids(ConstTensorView weights, std::span<const float> importance,
+                               const QuantizationGrid& grid, QuantizedViews out) {
+    require_grid_operands(weights, importance, grid, out);
+    if (weights.shape().count() == 0) return;
+    const Tensor weighed = upload(importance, "importance of columns");
+    const cuda::SolveRows rows = solve_rows(weights, grid, out);
+    const auto* values = reinterpret_cast<const float*>(weighed.view().bytes());
+    cuda::choose_grids(rows, 0, rows.groups, nullptr, importance.empty() ? nullptr : values, stream_);
 }
 
 }  // namespace quantmill

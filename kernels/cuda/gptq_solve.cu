@@ -5,6 +5,7 @@
 
 #include "kernels/cuda/check.h"
 #include "kernels/cuda/convert.cuh"
+#include "kernels/cuda/grid.cuh"
 #include "kernels/cuda/launch.h"
 #include "kernels/cuda/mma.cuh"
 
@@ -19,8 +20,6 @@ using bf16 = __nv_bfloat16;
 constexpr int kPlaces = kSolveBlock;
 constexpr int kStrip = 16;
 constexpr int kStrips = kPlaces / kStrip;
-constexpr float kHalfMax = 65504.0F;
-constexpr float kHalfSmallestNormal = 6.103515625e-05F;
 
 // --- Shared memory. ---
 
@@ -49,41 +48,6 @@ struct Shared {
         float exact_factor[kFactorElements];
     };
 };
-
-// --- The grid, by the same rules as kernels/grid.h. ---
-
-__device__ float round_half_even(float x) {
-    constexpr float kShift = 0x1.8p23F;
-    return __fsub_rn(__fadd_rn(x, kShift), kShift);
-}
-
-struct Grid {
-    float scale, inverse, zero;
-};
-__device__ Grid make_grid(float scale, float zero) { return {scale, 1.0F / scale, zero}; }
-
-__device__ Grid group_grid(float low, float high, const SolveGrid& grid) {
-    const auto max_code = static_cast<float>((1 << grid.bits) - 1);
-    const auto storable = [](float scale) {
-        return to_float(from_float<__half>(fminf(fmaxf(scale, kHalfSmallestNormal), kHalfMax)));
-    };
-    if (grid.sym) {
-        const float scale = storable(2.0F * fmaxf(-low, high) / max_code);
-        return make_grid(scale, static_cast<float>(1 << (grid.bits - 1)));
-    }
-    const float scale = storable((high - low) / max_code);
-    return make_grid(scale, round_half_even(fminf(fmaxf(-low / scale, 0.0F), max_code)));
-}
-
-__device__ void store_grid(const SolveRows& rows, std::int64_t row, std::int64_t group, const Grid& grid) {
-    static_cast<__half*>(rows.scales)[row * rows.groups + group] = from_float<__half>(grid.scale);
-    rows.zeros[row * rows.groups + group] = static_cast<std::uint8_t>(grid.zero);
-}
-
-__device__ Grid load_grid(const SolveRows& rows, std::int64_t row, std::int64_t group) {
-    return make_grid(to_float(static_cast<const __half*>(rows.scales)[row * rows.groups + group]),
-                     static_cast<float>(rows.zeros[row * rows.groups + group]));
-}
 
 // --- A warp's strips. ---
 
@@ -145,6 +109,48 @@ __device__ void load_errors(float (&values)[kStrip], const float* strip) {
     } else {
         load_parts(values, strip);
     }
+}
+
+// S = w + z of a thread's row over the strips of a group, whose −z stands in the errors.
+template <bool kExact>
+struct StripElements {
+    const float* weights;
+    const float* errors;
+    const float* diagonal;
+    int strips;
+
+    // Four of −z.
+    __device__ float4 errors_of(int quad) const {
+        const float* strip = errors + quad / 4 * kStrip;
+        if constexpr (kExact) return *reinterpret_cast<const float4*>(strip + quad % 4 * 4);
+        const uint2 high = *reinterpret_cast<const uint2*>(strip + quad % 4 * 2);
+        const uint2 low = *reinterpret_cast<const uint2*>(strip + kStrip / 2 + quad % 4 * 2);
+        return make_float4(__uint_as_float(high.x << 16U) + __uint_as_float(low.x << 16U),
+                           __uint_as_float(high.x & 0xFFFF0000U) + __uint_as_float(low.x & 0xFFFF0000U),
+                           __uint_as_float(high.y << 16U) + __uint_as_float(low.y << 16U),
+                           __uint_as_float(high.y & 0xFFFF0000U) + __uint_as_float(low.y & 0xFFFF0000U));
+    }
+    template <class Function>
+    __device__ void each(Function function) const {
+#pragma unroll 1
+        for (int quad = 0; quad < strips * (kStrip / 4); ++quad) {
+            const float4 weight = *reinterpret_cast<const float4*>(weights + quad * 4);
+            const float4 factor = *reinterpret_cast<const float4*>(diagonal + quad * 4);
+            const float4 error = errors_of(quad);
+            function(weight.x - error.x, factor.x * factor.x);
+            function(weight.y - error.y, factor.y * factor.y);
+            function(weight.z - error.z, factor.z * factor.z);
+            function(weight.w - error.w, factor.w * factor.w);
+        }
+    }
+};
+
+// Not inlined: min-max grids, which do without it, shall not pay for its registers. Empty places hold 0,
+// which every grid holds.
+template <bool kExact>
+__device__ __noinline__ Grid search_strips(StripElements<kExact> elements, float low, float high,
+                                           SolveGrid grid) {
+    return search_grid(elements, [](float sum) { return sum; }, low, high, grid);
 }
 
 template <int kRows, bool kExact>
@@ -249,10 +255,18 @@ struct Walker {
         store_errors<kExact>(pushes(strip), push);
     }
 
-    // Quantizes a strip. `continued`: the strip holds −z, what earlier groups and blocks push is in w + z,
-    // and only strips from `first` on, those of the group, push further, by S − q. Else it holds pushes
-    // and all strips push w − q.
-    __device__ void quantize_strip(int strip, int width, int first, bool continued, const Grid& grid,
+    // The grid of a continued group of `count` strips.
+    __device__ Grid choose_grid(int first, int count, float low, float high, const SolveGrid& grid) const {
+        if (grid.search == ScaleSearch::minmax) return group_grid(low, high, grid);
+        return search_strips<kExact>({weights(first), pushes(first), &shared.diagonal[first * kStrip], count},
+                                     low, high, grid);
+    }
+
+    // Quantizes a strip; grid_at(i): the grid of its place i. `continued`: the strip holds −z, what earlier
+    // groups and blocks push is in w + z, and only strips from `first` on, those of the group, push further,
+    // by S − q. Else it holds pushes and all strips push w − q.
+    template <class GridAt>
+    __device__ void quantize_strip(int strip, int width, int first, bool continued, GridAt grid_at,
                                    float max_code, std::uint8_t (&codes)[kStrip], float& loss) const {
         float push[kStrip];
         float anchor[kStrip];  // w, or S = w + z
@@ -278,6 +292,7 @@ struct Walker {
         }
 #pragma unroll
         for (int i = 0; i < kStrip; ++i) {
+            const Grid grid = grid_at(i);
             const float target = anchor[i] + push[i];
             const float steps =
                 round_half_even(fminf(fmaxf(target * grid.inverse, -grid.zero), max_code - grid.zero));
@@ -453,7 +468,8 @@ __device__ void store_codes(std::uint8_t* destination, const std::uint8_t (&code
 
 // --- The kernels. ---
 
-template <int kRows, bool kExact>
+// kGiven: scales and zeros are given, for each column those of any group.
+template <int kRows, bool kExact, bool kGiven>
 __global__ void __launch_bounds__(kRows) solve_block_kernel(SolveRows rows, SolveBlock block, bool vectors) {
     const auto walker = make_walker<kRows, kExact>(rows, block, vectors);
     const std::int64_t row = static_cast<std::int64_t>(blockIdx.x) * kRows + threadIdx.x;
@@ -474,15 +490,20 @@ __global__ void __launch_bounds__(kRows) solve_block_kernel(SolveRows rows, Solv
             for (int s = 0; s < count; ++s) {
                 walker.continue_strip(first + s, min(kStrip, width - s * kStrip), low, high);
             }
-            grid = group_grid(low, high, rows.grid);
+            grid = walker.choose_grid(first, count, low, high, rows.grid);
             if (mine) store_grid(rows, row, group, grid);
-        } else if (mine) {
+        } else if (mine && !kGiven) {
             grid = load_grid(rows, row, group);
         }
         for (int s = 0; s < count; ++s) {
             const int strip_width = min(kStrip, width - s * kStrip);
+            const auto grid_at = [&](int i) {
+                if constexpr (!kGiven) return grid;
+                if (!mine || i >= strip_width) return make_grid(1.0F, 0.0F);
+                return load_grid(rows, row, rows.given[block.first + done + s * kStrip + i]);
+            };
             std::uint8_t codes[kStrip];
-            walker.quantize_strip(first + s, strip_width, continued ? first : 0, continued, grid, max_code,
+            walker.quantize_strip(first + s, strip_width, continued ? first : 0, continued, grid_at, max_code,
                                   codes, loss);
             if (mine) {
                 store_codes(rows.codes + row * rows.columns + block.first + done + s * kStrip, codes,
@@ -522,30 +543,6 @@ __global__ void __launch_bounds__(kRows)
     } else {
         write_error_parts(walker.shared, rows, block, strips);
     }
-}
-
-// A warp a row: the range of the original weights of columns [first, last) and zero.
-__global__ void weight_range_kernel(SolveRows rows, std::int64_t first, std::int64_t last, float2* ranges) {
-    const std::int64_t row = (static_cast<std::int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) / 32;
-    if (row >= rows.rows) return;
-    float low = 0.0F;
-    float high = 0.0F;
-    for (std::int64_t c = first + threadIdx.x % 32; c < last; c += 32) {
-        const float weight = rows.weights[row * rows.columns + c];
-        low = fminf(low, weight);
-        high = fmaxf(high, weight);
-    }
-    for (int offset = 16; offset > 0; offset /= 2) {
-        low = fminf(low, __shfl_xor_sync(0xFFFFFFFFU, low, offset));
-        high = fmaxf(high, __shfl_xor_sync(0xFFFFFFFFU, high, offset));
-    }
-    if (threadIdx.x % 32 == 0) ranges[row] = make_float2(low, high);
-}
-
-__global__ void group_grid_kernel(SolveRows rows, const float2* ranges, std::int64_t group) {
-    const std::int64_t row = static_cast<std::int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-    if (row >= rows.rows) return;
-    store_grid(rows, row, group, group_grid(ranges[row].x, ranges[row].y, rows.grid));
 }
 
 constexpr int kTileColumns = 32;
@@ -622,13 +619,23 @@ void factor_slots(const float* factor, std::int64_t columns, const SolveSlots& s
     check_launch("factor_slots_kernel", grid, kTransposeThreads);
 }
 
+namespace {
+
+template <int kRows, bool kGiven>
+void launch_block(const SolveRows& rows, const SolveBlock& block, cudaStream_t stream) {
+    const auto kernel =
+        rows.exact ? solve_block_kernel<kRows, true, kGiven> : solve_block_kernel<kRows, false, kGiven>;
+    launch(kernel, "solve_block_kernel", kRows, sizeof(Shared<kRows>), rows, block, stream);
+}
+
+}  // namespace
+
 void solve_block(const SolveRows& rows, const SolveBlock& block, cudaStream_t stream) {
+    const bool given = rows.given != nullptr;
     if (shared_memory_holds(sizeof(Shared<64>))) {
-        const auto kernel = rows.exact ? solve_block_kernel<64, true> : solve_block_kernel<64, false>;
-        launch(kernel, "solve_block_kernel", 64, sizeof(Shared<64>), rows, block, stream);
+        given ? launch_block<64, true>(rows, block, stream) : launch_block<64, false>(rows, block, stream);
     } else {
-        const auto kernel = rows.exact ? solve_block_kernel<32, true> : solve_block_kernel<32, false>;
-        launch(kernel, "solve_block_kernel", 32, sizeof(Shared<32>), rows, block, stream);
+        given ? launch_block<32, true>(rows, block, stream) : launch_block<32, false>(rows, block, stream);
     }
 }
 
@@ -636,21 +643,6 @@ void continue_block(const SolveRows& rows, const SolveBlock& block, void* ranges
     const auto kernel = rows.exact ? continue_block_kernel<32, true> : continue_block_kernel<32, false>;
     launch(kernel, "continue_block_kernel", 32, sizeof(Shared<32>), rows, block, stream,
            static_cast<float2*>(ranges));
-}
-
-void weight_range(const SolveRows& rows, std::int64_t first, std::int64_t last, void* ranges,
-                  cudaStream_t stream) {
-    constexpr int kThreads = 256;
-    const dim3 grid(static_cast<unsigned>(divide_up(rows.rows * 32, kThreads)));
-    weight_range_kernel<<<grid, kThreads, 0, stream>>>(rows, first, last, static_cast<float2*>(ranges));
-    check_launch("weight_range_kernel", grid, kThreads);
-}
-
-void group_grid(const SolveRows& rows, const void* ranges, std::int64_t group, cudaStream_t stream) {
-    constexpr int kThreads = 256;
-    const dim3 grid(static_cast<unsigned>(divide_up(rows.rows, kThreads)));
-    group_grid_kernel<<<grid, kThreads, 0, stream>>>(rows, static_cast<const float2*>(ranges), group);
-    check_launch("group_grid_kernel", grid, kThreads);
 }
 
 }  // namespace quantmill::cuda

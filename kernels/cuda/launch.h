@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "kernels/dtype.h"
+#include "kernels/scale_search.h"
 
 // Our kernels, each behind a function that checks the launch. Pointers are device memory, matrices
 // row-major; bf16 where nothing else is said. kernels/backend.h says what each operation does.
@@ -100,13 +101,16 @@ void divide_columns(const float* factor, std::int64_t rows, std::int64_t columns
 void add_propagated(const float* weights, const float* moved, const std::int32_t* order, std::int64_t rows,
                     std::int64_t columns, float alpha, float* target, cudaStream_t stream);
 
-// --- gptq_solve.cu ---
+// --- gptq_solve.cu, scale_search.cu ---
 inline constexpr int kSolveBlock = 128;             // columns that one kernel quantizes
 inline constexpr int kSolveSlot = 3 * kSolveBlock;  // bf16 elements that stand for them in a product
 struct SolveGrid {
     int bits;
     std::int64_t group_size;
     bool sym;
+    ScaleSearch search;
+    bool signed_scales, bf16_scales;
+    Shrinks shrinks;
 };
 // Which columns a slot's 128 places hold. A slot has `width` columns; `per_run` slots make a run of `run`
 // columns, whose last slot may be short. Pieces of `piece` columns begin at multiples of `padded` places.
@@ -129,10 +133,11 @@ struct SolveRows {
     const float* weights;  // [R, C]
     const float* factor;   // [C, C]: C_ij above the diagonal, R_jj on it
     void* errors;  // W − Q: bf16 [R, ld_errors], slots of 128 times high, high, low part; exact: f32 [R, C]
-    std::uint8_t* codes;  // [R, C]
-    void* scales;         // f16 [R, G]
-    std::uint8_t* zeros;  // [R, G]
-    float* loss;          // [R]
+    std::uint8_t* codes;        // [R, C]
+    void* scales;               // f16 [R, G]
+    std::uint8_t* zeros;        // [R, G]
+    float* loss;                // [R]
+    const std::int32_t* given;  // [C]: groups of columns whose scales and zeros are given; or null
     std::int64_t rows, columns, groups, ld_errors;
     bool exact;  // fp32 products
     SolveGrid grid;
@@ -152,9 +157,11 @@ void solve_block(const SolveRows& rows, const SolveBlock& block, cudaStream_t st
 // For groups wider than a block: ranges float2 [R] get the least and greatest updated weight of the
 // group's blocks so far, errors get −z (gptq_solve.cpp).
 void continue_block(const SolveRows& rows, const SolveBlock& block, void* ranges, cudaStream_t stream);
-void weight_range(const SolveRows& rows, std::int64_t first, std::int64_t last, void* ranges,
-                  cudaStream_t stream);
-void group_grid(const SolveRows& rows, const void* ranges, std::int64_t group, cudaStream_t stream);
+// Scales and zeros of groups [first_group, first_group + count): from the original weights or, with the
+// ranges of the one group, from what continue_block left. importance [C] weighs columns; null: all alike.
+void choose_grids(const SolveRows& rows, std::int64_t first_group, std::int64_t count, const void* ranges,
+                  const float* importance, cudaStream_t stream);
+void importance(const float* factor, std::int64_t columns, float* out, cudaStream_t stream);  // R_jj²
 // Columns [first, last) of the factor [columns, columns] as rows of out, bf16 [last − first, ld]: `count`
 // slots, each 128 times high, low, high part; zero on and below the diagonal.
 void factor_slots(const float* factor, std::int64_t columns, const SolveSlots& slots, std::int64_t count,
