@@ -29,6 +29,12 @@ struct AttentionOptions {
 // with the least Σ |s − q|^2.4 (GPTQModel's mse), or the least Σ (s − q)² R_jj², the loss of GPTQ.
 enum class ScaleSearch : std::uint8_t { minmax, mse, hessian };
 
+// What a model predicts for a token, compared with what a reference predicts.
+struct LogitDistance {
+    double divergence = 0.0;  // Kullback-Leibler, Σ p_ref log(p_ref / p), in nats
+    bool same_top = false;    // both are highest at the same token; of equals, the first counts
+};
+
 // The integer grid of a quantized linear. Codes are 0 … 2^bits − 1; weight = scale · (code − zero).
 struct QuantizationGrid {
     int bits = 4;
@@ -129,6 +135,8 @@ public:
     // Returns −log softmax(logits[t])[targets[t]] in double precision; logits f32 [T, V].
     virtual std::vector<double> cross_entropy(ConstTensorView logits,
                                               std::span<const std::int32_t> targets) = 0;
+    // How far each row of logits is from the reference's, in double precision; both f32 [T, V].
+    virtual std::vector<LogitDistance> logit_distances(ConstTensorView reference, ConstTensorView logits) = 0;
 
     // --- Hessians. ---
 
