@@ -65,6 +65,14 @@ std::optional<LaunchedProcesses> launched_processes(bool whole_allocation) {
     return std::nullopt;
 }
 
+int launched_rank() {
+    if (!under_launcher()) return 0;
+    for (const char* variable : {"OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK", "SLURM_PROCID"}) {
+        if (const auto rank = environment_number(variable)) return *rank;
+    }
+    return 0;
+}
+
 void require_launched_processes_in_world(int world_size, bool whole_allocation) {
     const auto launched = launched_processes(whole_allocation);
     if (!launched || launched->count <= world_size) return;

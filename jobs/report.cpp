@@ -275,7 +275,8 @@ std::string to_json(const Report& report) {
                            {"dead_columns", fallbacks.dead_columns}}},
                          {"layers", layers_json(report.layers)},
                          {"warnings", report.warnings},
-                         {"job", report.job_yaml}};
+                         {"job", report.job_yaml},
+                         {"calibration_sequences", report.calibration_sequences}};
     json["linears"] = ordered_json::array();
     for (const auto& linear : report.linears) json["linears"].push_back(fields(linear));
     // A path may hold bytes that are not UTF-8; the report of a finished job must not fail over it.

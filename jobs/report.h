@@ -57,6 +57,7 @@ struct Report {
     int world_size = 1;
     int threads = 1;
     std::int64_t sequences = 0, tokens = 0;
+    std::vector<std::string> calibration_sequences;    // a fingerprint each, so that eval knows them again
     std::int64_t parameters = 0;                       // of the whole model
     std::uint64_t source_bytes = 0, output_bytes = 0;  // of all tensors
     double seconds = 0.0;

@@ -26,6 +26,12 @@ struct AttentionOptions {
     std::int64_t window = 0;  // a token sees itself and the window - 1 before it; 0: all before it
 };
 
+// What a model predicts for a token, compared with what a reference predicts.
+struct LogitDistance {
+    double divergence = 0.0;  // Kullback-Leibler, Σ p_ref log(p_ref / p), in nats
+    bool same_top = false;    // both are highest at the same token; of equals, the first counts
+};
+
 // The integer grid of a quantized linear. Codes are 0 … 2^bits − 1; weight = scale · (code − zero).
 struct QuantizationGrid {
     int bits = 4;
@@ -126,6 +132,8 @@ public:
     // Returns −log softmax(logits[t])[targets[t]] in double precision; logits f32 [T, V].
     virtual std::vector<double> cross_entropy(ConstTensorView logits,
                                               std::span<const std::int32_t> targets) = 0;
+    // How far each row of logits is from the reference's, in double precision; both f32 [T, V].
+    virtual std::vector<LogitDistance> logit_distances(ConstTensorView reference, ConstTensorView logits) = 0;
 
     // --- Hessians. ---
 

@@ -38,4 +38,14 @@ std::string fingerprint_of_tokens(const std::vector<std::vector<std::int32_t>>& 
     return sha.finish();
 }
 
+std::vector<std::string> fingerprints_of_sequences(const std::vector<std::vector<std::int32_t>>& sequences) {
+    std::vector<std::string> fingerprints;
+    for (const auto& sequence : sequences) {
+        Sha256 sha;
+        sha.add(sequence.data(), sequence.size() * sizeof sequence[0]);
+        fingerprints.push_back(sha.finish().substr(0, 16));
+    }
+    return fingerprints;
+}
+
 }  // namespace quantmill

@@ -6,6 +6,11 @@ blank lines and cut into sequences of exactly --sequence-length tokens. Conversa
 ready-made ids (--tokens) each stay a sequence of their own: longer ones are TRUNCATED, shorter ones kept as they are.
 The seed chooses which sequences are taken, and their order (--tokens keeps the order of the file).
 
+--windows cuts running text as published WikiText-2 perplexities do, for `quantmill eval`: documents joined by blank lines
+are tokenized as ONE text, with what the tokenizer puts around a text (BOS, once), and cut in order into windows of
+exactly --sequence-length tokens without overlap; the rest at the end is dropped. All windows are kept, or the first
+--sequences.
+
 Examples:
   tools/calibrate.py --tokenizer models/Llama --text book.txt --sequences 128 --sequence-length 512 --output calib.h5
   tools/calibrate.py --tokenizer models/Llama --chat chats.jsonl --date 2026-01-31 --output calib.h5
@@ -200,6 +205,17 @@ def pack(texts: list[str], tokenizer: ModelTokenizer, count: int, length: int, s
     return [tokenizer.prefix + stream[start : start + body] for start in starts[:count]]
 
 
+def windows(texts: list[str], tokenizer: ModelTokenizer, count: int | None, length: int) -> list[Ids]:
+    """The first `count` windows, or all, of one concatenated text."""
+    stream = tokenizer.tokenizer.encode("\n\n".join(texts)).ids
+    result = [stream[start : start + length] for start in range(0, len(stream) - length + 1, length)]
+    if len(result) < (count or 1):
+        raise BadInput(
+            f"the text has {len(stream)} tokens: {len(result)} windows of {length}, fewer than the {count or 1} needed"
+        )
+    return result[:count]
+
+
 def take(sequences: list[Ids], count: int, length: int) -> tuple[list[Ids], int]:
     """The first `count` sequences cut to `length`, and how many were longer."""
     if len(sequences) < count:
@@ -265,7 +281,7 @@ def write_store(file: Path, store: Store, tokenizer: ModelTokenizer) -> None:
 
 def make_store(arguments: argparse.Namespace, tokenizer: ModelTokenizer) -> Store:
     """Reads the one source that was named and makes the sequences of it."""
-    count, length, seed = arguments.sequences, arguments.sequence_length, arguments.seed
+    count, length, seed = arguments.sequences or 128, arguments.sequence_length, arguments.seed
     texts: list[str] | None = None
     chats: Iterable[tuple[str, Any]] | None = None
     if arguments.text:
@@ -287,6 +303,10 @@ def make_store(arguments: argparse.Namespace, tokenizer: ModelTokenizer) -> Stor
     else:
         name = f"tokens {arguments.tokens.name}"
 
+    if arguments.windows:
+        if texts is None:
+            raise BadInput("--windows cuts running text: --text, --jsonl or --dataset with --column")
+        return Store(windows(texts, tokenizer, arguments.sequences, length), f"{name}; windows of {length} tokens")
     if texts is not None:
         sequences = pack([text for text in texts if text.strip()], tokenizer, count, length, seed)
         how = "packed"
@@ -328,7 +348,10 @@ def parse_arguments(words: list[str] | None) -> argparse.Namespace:
     column = parser.add_mutually_exclusive_group()
     column.add_argument("--column", default="text", help="text column of --dataset (default: %(default)s)")
     column.add_argument("--messages", metavar="COLUMN", help="column of --dataset that holds conversations")
-    parser.add_argument("--sequences", type=positive, default=128, metavar="N", help="default: %(default)s")
+    parser.add_argument("--windows", action="store_true", help="cut one text in order, for evaluation (see above)")
+    parser.add_argument(
+        "--sequences", type=positive, metavar="N", help="default: 128; with --windows as many as there are"
+    )
     parser.add_argument("--sequence-length", type=positive, default=2048, metavar="L", help="default: %(default)s")
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="default: %(default)s")
     parser.add_argument(

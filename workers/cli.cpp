@@ -13,7 +13,7 @@ namespace quantmill {
 
 namespace {
 
-const std::vector<std::string> commands = {"run", "plan", "eval", "inspect"};
+const std::vector<std::string> commands = {"run", "plan", "eval", "compare", "inspect"};
 const std::vector<std::string> log_levels = {"trace", "debug", "info", "warn", "error"};
 
 constexpr const char* exit_codes =
@@ -30,6 +30,7 @@ constexpr const char* main_help =
     "  quantmill run job.yaml                             quantize on this machine\n"
     "  mpirun -n 4 quantmill run job.yaml                 the same on four ranks, the same bytes\n"
     "  quantmill eval --model DIR --tokens heldout.h5     perplexity before or after\n"
+    "  quantmill compare A.json B.json                    two evaluations side by side\n"
     "  quantmill inspect DIR                              list and verify a checkpoint\n"
     "  quantmill COMMAND --help                           everything about one command\n\n";
 
@@ -59,10 +60,34 @@ constexpr const char* plan_help =
 
 constexpr const char* eval_help =
     "Prints the perplexity of a checkpoint, quantized or not, on held-out tokens: exp of the mean loss of\n"
-    "each token given those before it in its sequence. Use texts that were not used for calibration.\n\n"
+    "each token given those before it in its sequence, with a 95% confidence interval from a bootstrap over\n"
+    "sequences. With --reference, the original model, also how far the predictions moved (KL divergence in\n"
+    "nats, share of tokens at which both expect the same) and the error of the hidden states after each\n"
+    "block; this tells small damage sooner than perplexity does. docs/evaluation.md defines all of it.\n\n"
+    "--text FILE follows the protocol of published WikiText-2 figures: the whole text tokenized at once and\n"
+    "cut into windows of L tokens (2048, or the model's positions if fewer) that do not overlap; what is "
+    "left\n"
+    "at the end is dropped, and only the first window has the BOS, if the tokenizer adds one. It starts\n"
+    "tools/calibrate.py with QUANTMILL_PYTHON, build/python or python3.\n\n"
+    "Use texts that were not used for calibration; sequences that were are refused.\n\n"
     "Examples:\n"
     "  quantmill eval --model models/Llama-3-8B --tokens heldout.h5\n"
-    "  mpirun -n 4 quantmill eval --model out/Llama-3-8B-W4g128 --tokens heldout.h5 --json eval.json\n\n";
+    "  quantmill eval --model models/Llama-3-8B --text wiki.test.txt --sequence-length 2048\n"
+    "  mpirun -n 4 quantmill eval --model out/Llama-3-8B-W4g128 --reference models/Llama-3-8B \\\n"
+    "      --tokens heldout.h5 --json eval.json\n\n";
+
+constexpr const char* compare_help =
+    "Prints two evaluations side by side: perplexity of each and their difference with its own interval,\n"
+    "from the same resamples for both, so it is far narrower than the two; KL divergence and top-1 "
+    "agreement\n"
+    "where both have a reference; bits per weight and size. A and B are files of 'quantmill eval --json', "
+    "or\n"
+    "checkpoint directories, which are then evaluated as 'quantmill eval' would. Both must have seen the "
+    "same\n"
+    "sequences.\n\n"
+    "Examples:\n"
+    "  quantmill compare W4.json W3.json\n"
+    "  mpirun -n 4 quantmill compare out/W4 out/W3 --reference models/Llama-3-8B --tokens heldout.h5\n\n";
 
 constexpr const char* inspect_help =
     "Prints a table of a checkpoint (tensors, shapes, schemes, bits, size, bits a weight) and verifies it:\n"
@@ -83,6 +108,7 @@ std::string more_help(const std::string& command) {
     if (command == "run") return run_help + job_keys_help() + exit_codes;
     if (command == "plan") return std::string(plan_help) + exit_codes;
     if (command == "eval") return std::string(eval_help) + exit_codes;
+    if (command == "compare") return std::string(compare_help) + exit_codes;
     if (command == "inspect") return std::string(inspect_help) + exit_codes;
     return std::string(main_help) + exit_codes;
 }
@@ -104,6 +130,7 @@ struct Parsed {
     RunCommand run;
     PlanCommand plan;
     EvalCommand eval;
+    CompareCommand compare;
     InspectCommand inspect;
     bool no_measure = false;
     std::string log_level;
@@ -125,27 +152,48 @@ void add_log_level(CLI::App& command, std::string& level) {
         ->check(CLI::IsMember(log_levels).description(""));
 }
 
-void add_eval(CLI::App& command, EvalCommand& eval) {
-    command.add_option("--model", eval.model, "Checkpoint directory, quantized or not")
-        ->required()
+// What eval and compare share.
+void add_evaluation(CLI::App& command, EvalCommand& eval) {
+    auto* tokens = command.add_option("--tokens", eval.tokens, "Token store, from tools/calibrate.py")
+                       ->type_name("STORE.h5");
+    command.add_option("--text", eval.text, "Text instead, cut into windows of --sequence-length")
+        ->type_name("FILE")
+        ->excludes(tokens);
+    command.add_option("--reference", eval.reference, "The original model: adds KL, top-1, hidden errors")
         ->type_name("DIR");
-    command.add_option("--tokens", eval.tokens, "Token store, from tools/calibrate.py")
-        ->required()
-        ->type_name("STORE.h5");
-    command.add_option("--sequence-length", eval.sequence_length, "Cut longer sequences [the store's]")
+    command
+        .add_option("--sequence-length", eval.sequence_length,
+                    "Cut longer sequences [the store's]; with --text, of a window [2048]")
         ->type_name("L")
         ->check(CLI::Range(2, 1 << 30).description(""));  // one token predicts nothing
     command.add_option("--sequences", eval.sequences, "Use the first N sequences [all]")
         ->type_name("N")
         ->check(CLI::Range(1, 1 << 30).description(""));
     command.add_option("--json", eval.json, "Write the results to this file")->type_name("FILE");
-    command.add_option("--logits", eval.logits, "Write all logits to this file, for comparisons")
-        ->type_name("FILE.safetensors");
     command.add_option("--backend", eval.backend, "auto | cpu | cuda [auto]")
         ->type_name("NAME")
         ->check(CLI::IsMember({"auto", "cpu", "cuda"}).description(""));
     command.add_flag("--allow-tokenizer-mismatch", eval.allow_tokenizer_mismatch,
                      "Accept a store made with another tokenizer");
+    command.add_flag("--allow-calibration-tokens", eval.allow_calibration_tokens,
+                     "Evaluate on what the checkpoint was calibrated on too");
+}
+
+void add_eval(CLI::App& command, EvalCommand& eval) {
+    command.add_option("--model", eval.model, "Checkpoint directory, quantized or not")
+        ->required()
+        ->type_name("DIR");
+    add_evaluation(command, eval);
+    command.add_option("--logits", eval.logits, "Write all logits to this file, for comparisons")
+        ->type_name("FILE.safetensors");
+}
+
+void add_compare(CLI::App& command, CompareCommand& compare) {
+    command.add_option("a", compare.a, "File of eval --json, or checkpoint directory")
+        ->required()
+        ->type_name("A");
+    command.add_option("b", compare.b, "Another one")->required()->type_name("B");
+    add_evaluation(command, compare.eval);
 }
 
 void add_commands(CLI::App& app, Parsed& parsed) {
@@ -166,6 +214,7 @@ void add_commands(CLI::App& app, Parsed& parsed) {
         ->needs(size)
         ->check(CLI::Range(1, 1 << 16).description(""));
     add_eval(*app.add_subcommand("eval", "Measure the perplexity of a checkpoint"), parsed.eval);
+    add_compare(*app.add_subcommand("compare", "Put two evaluations side by side"), parsed.compare);
     app.add_subcommand("inspect", "List and verify a checkpoint")
         ->add_option("directory", parsed.inspect.directory, "Checkpoint directory")
         ->required()
@@ -223,6 +272,10 @@ CommandLine parse_command_line(int argc, const char* const* argv, const std::str
         return {mistake(error.what(), selected(app))};
     }
 
+    if (selected(app) == "eval" && parsed.eval.tokens.empty() && parsed.eval.text.empty()) {
+        return {mistake("--tokens STORE.h5 or --text FILE is required", "eval")};
+    }
+
     CommandLine line;
     if (const auto print = choose_log_level(parsed.log_level, line.log_level)) return {*print};
     parsed.plan.measure = !parsed.no_measure;
@@ -230,6 +283,7 @@ CommandLine parse_command_line(int argc, const char* const* argv, const std::str
     if (command == "run") line.command = parsed.run;
     if (command == "plan") line.command = parsed.plan;
     if (command == "eval") line.command = parsed.eval;
+    if (command == "compare") line.command = parsed.compare;
     if (command == "inspect") line.command = parsed.inspect;
     return line;
 }

@@ -30,13 +30,20 @@ struct PlanCommand {
 
 struct EvalCommand {
     std::filesystem::path model;
-    std::filesystem::path tokens;
+    std::filesystem::path tokens, text;  // one of them
+    std::optional<std::filesystem::path> reference;
     std::optional<std::int64_t> sequence_length;
     std::optional<std::int64_t> sequences;
     std::optional<std::filesystem::path> json;
     std::optional<std::filesystem::path> logits;
     std::string backend = "auto";
     bool allow_tokenizer_mismatch = false;
+    bool allow_calibration_tokens = false;
+};
+
+struct CompareCommand {
+    std::filesystem::path a, b;  // results of eval --json, or checkpoint directories
+    EvalCommand eval;            // how directories are evaluated; without a model
 };
 
 struct InspectCommand {
@@ -50,7 +57,7 @@ struct PrintCommand {
 };
 
 struct CommandLine {
-    std::variant<RunCommand, PlanCommand, EvalCommand, InspectCommand, PrintCommand> command;
+    std::variant<RunCommand, PlanCommand, EvalCommand, CompareCommand, InspectCommand, PrintCommand> command;
     std::string log_level = "info";  // trace | debug | info | warn | error
 };
 

@@ -6,6 +6,7 @@
 #include <map>
 #include <nlohmann/json.hpp>
 
+#include "pipeline/fingerprint.h"
 #include "pipeline/model_card.h"
 #include "workers/calibration_batches.h"
 #include "workers/version.h"
@@ -72,6 +73,7 @@ Report begin_report(const PreparedJob& job, Control& control, const Backend& bac
     report.threads = backend.threads();
     report.sequences = static_cast<std::int64_t>(job.calibration.sequences.size());
     report.tokens = tokens_of_shards(job.shards);
+    report.calibration_sequences = fingerprints_of_sequences(job.calibration.sequences);
     for (const auto& [name, tensor] : job.reader.tensors()) report.parameters += tensor.count();
     report.source_bytes = job.reader.total_bytes();
     report.output_bytes = job.layout.total_bytes();

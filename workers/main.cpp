@@ -9,8 +9,10 @@
 #include <memory>
 
 #include "comm/control.h"
+#include "comm/launcher.h"
 #include "kernels/cpu/wait_policy.h"
 #include "workers/cli.h"
+#include "workers/compare.h"
 #include "workers/evaluate.h"
 #include "workers/inspect.h"
 #include "workers/live_line.h"
@@ -34,10 +36,12 @@ void set_up_logging(const std::string& level, const Control& control) {
 
 struct Act {
     Control& control;
+    const TokenizedText* text;  // of --text, where this process tokenized it
 
     void operator()(const RunCommand& command) const { run_job(command, control); }
     void operator()(const PlanCommand& command) const { plan_job(command, control); }
-    void operator()(const EvalCommand& command) const { evaluate(command, control); }
+    void operator()(const EvalCommand& command) const { evaluate(command, control, text); }
+    void operator()(const CompareCommand& command) const { compare(command, control, text); }
     void operator()(const InspectCommand& command) const {
         if (control.rank() == 0) fmt::print("{}", inspect_checkpoint(command.directory));
     }
@@ -47,12 +51,27 @@ struct Act {
 // What should be one rank for each task of an allocation; the other commands only look at files.
 bool is_parallel(const CommandLine& line) {
     return std::holds_alternative<RunCommand>(line.command) ||
-           std::holds_alternative<EvalCommand>(line.command);
+           std::holds_alternative<EvalCommand>(line.command) ||
+           std::holds_alternative<CompareCommand>(line.command);
 }
 
-ExitCode act(const CommandLine& line, Control& control) {
+// Starts another program, which a process that MPI runs in should not.
+std::unique_ptr<TokenizedText> tokenize_text(const CommandLine& line) {
+    TextRequest request;
+    if (const auto* eval = std::get_if<EvalCommand>(&line.command)) {
+        request = text_request(*eval);
+    } else if (const auto* compare = std::get_if<CompareCommand>(&line.command)) {
+        request = text_request(compare->eval);
+        request.model = std::filesystem::is_directory(compare->a) ? compare->a : compare->b;
+        if (!std::filesystem::is_directory(request.model)) return nullptr;  // two files of results
+    }
+    if (request.text.empty() || launched_rank() != 0) return nullptr;
+    return std::make_unique<TokenizedText>(request);
+}
+
+ExitCode act(const CommandLine& line, Control& control, const TokenizedText* text) {
     try {
-        std::visit(Act{control}, line.command);
+        std::visit(Act{control, text}, line.command);
         return ExitCode::ok;
     } catch (const Error& error) {
         spdlog::error("{}", error.what());
@@ -69,6 +88,7 @@ int main_of_rank(int argc, char** argv) {
         fmt::print(print->code == ExitCode::ok ? stdout : stderr, "{}", print->text);
         return static_cast<int>(print->code);
     }
+    const std::unique_ptr<TokenizedText> text = tokenize_text(line);
     std::unique_ptr<Control> control;
     try {
         control = make_control(under_launcher(), is_parallel(line));
@@ -77,7 +97,7 @@ int main_of_rank(int argc, char** argv) {
         return static_cast<int>(error.code());
     }
     set_up_logging(line.log_level, *control);
-    const ExitCode code = act(line, *control);
+    const ExitCode code = act(line, *control, text.get());
     if (code != ExitCode::ok) control->abort(code);
     return 0;
 }

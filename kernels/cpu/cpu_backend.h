@@ -53,6 +53,7 @@ public:
                    const AttentionOptions& options, TensorView out) override;
     void silu_mul(ConstTensorView gate, ConstTensorView up, TensorView out) override;
     std::vector<double> cross_entropy(ConstTensorView logits, std::span<const std::int32_t> targets) override;
+    std::vector<LogitDistance> logit_distances(ConstTensorView reference, ConstTensorView logits) override;
 
     void accumulate_hessian(ConstTensorView x, TensorView h) override;
     std::vector<float> read_diagonal(ConstTensorView h) override;

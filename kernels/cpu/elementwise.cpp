@@ -101,6 +101,15 @@ QUANTMILL_HOT_LOOP double log_sum_exp(const float* logits, std::int64_t count) {
     return double{highest} + std::log(sum);
 }
 
+// Σ p_ref (log p_ref − log p), given log Σ exp of both rows.
+QUANTMILL_HOT_LOOP double row_divergence(const float* reference, double reference_sum, const float* logits,
+                                         double sum, std::int64_t count) {
+    return lane_sum(count, [=](std::int64_t i) {
+        const double expected = double{reference[i]} - reference_sum;
+        return vector_exp(expected) * (expected - (double{logits[i]} - sum));
+    });
+}
+
 QUANTMILL_HOT_LOOP double squared_row_distance(const float* a, const float* b, std::int64_t count) {
     return lane_sum(count, [=](std::int64_t i) {
         const double difference = double{a[i]} - double{b[i]};
@@ -248,6 +257,27 @@ std::vector<double> CpuBackend::cross_entropy(ConstTensorView logits, std::span<
         losses[t] = log_sum_exp(row, vocabulary) - double{row[targets[t]]};
     }
     return losses;
+}
+
+std::vector<LogitDistance> CpuBackend::logit_distances(ConstTensorView reference, ConstTensorView logits) {
+    const bool matrix = logits.shape().rank() == 2 && logits.extent(1) > 0;
+    require_operands(matrix && logits.dtype() == DType::f32 && is(reference, DType::f32, logits.shape()),
+                     "logit_distances", {reference, logits});
+    const std::int64_t tokens = logits.extent(0);
+    const std::int64_t vocabulary = logits.extent(1);
+    const auto* reference_data = reference.data<float>();
+    const auto* logits_data = logits.data<float>();
+    std::vector<LogitDistance> distances(static_cast<std::size_t>(tokens));
+#pragma omp parallel for schedule(static)
+    for (std::int64_t t = 0; t < tokens; ++t) {
+        const float* expected = reference_data + t * vocabulary;
+        const float* row = logits_data + t * vocabulary;
+        distances[t] = {row_divergence(expected, log_sum_exp(expected, vocabulary), row,
+                                       log_sum_exp(row, vocabulary), vocabulary),
+                        std::max_element(expected, expected + vocabulary) - expected ==
+                            std::max_element(row, row + vocabulary) - row};
+    }
+    return distances;
 }
 
 void CpuBackend::permute_columns(ConstTensorView x, std::span<const std::int32_t> order, TensorView out) {

@@ -228,6 +228,45 @@ __global__ void cross_entropy_kernel(const float* logits, const std::int32_t* ta
     if (threadIdx.x == 0) out[blockIdx.x] = log(sum) + maximum - row[targets[blockIdx.x]];
 }
 
+// log Σ exp of a row and where it is highest; of equals, the first.
+struct RowSummary {
+    double log_sum;
+    std::int64_t top;
+};
+
+__device__ RowSummary summarise(const float* row, std::int64_t columns) {
+    float maximum = -INFINITY;
+    for (std::int64_t c = threadIdx.x; c < columns; c += kThreads) maximum = fmaxf(maximum, row[c]);
+    maximum = block_reduce(maximum, [](float a, float b) { return fmaxf(a, b); });
+    std::int64_t top = columns;
+    double sum = 0.0;
+    for (std::int64_t c = threadIdx.x; c < columns; c += kThreads) {
+        sum += exp(static_cast<double>(row[c]) - maximum);
+        if (row[c] == maximum && c < top) top = c;
+    }
+    sum = block_reduce(sum, [](double a, double b) { return a + b; });
+    top = block_reduce(top, [](std::int64_t a, std::int64_t b) { return a < b ? a : b; });
+    return {log(sum) + maximum, top};
+}
+
+__global__ void logit_distances_kernel(const float* reference, const float* logits, std::int64_t columns,
+                                       double* divergence, double* same_top) {
+    const float* expected = reference + blockIdx.x * columns;
+    const float* row = logits + blockIdx.x * columns;
+    const RowSummary of_expected = summarise(expected, columns);
+    const RowSummary of_row = summarise(row, columns);
+    double sum = 0.0;
+    for (std::int64_t c = threadIdx.x; c < columns; c += kThreads) {
+        const double log_expected = static_cast<double>(expected[c]) - of_expected.log_sum;
+        sum += exp(log_expected) * (log_expected - (static_cast<double>(row[c]) - of_row.log_sum));
+    }
+    sum = block_reduce(sum, [](double a, double b) { return a + b; });
+    if (threadIdx.x == 0) {
+        divergence[blockIdx.x] = sum;
+        same_top[blockIdx.x] = of_expected.top == of_row.top ? 1.0 : 0.0;
+    }
+}
+
 template <class T>
 __global__ void permute_columns_kernel(const T* x, const std::int32_t* order, std::int64_t columns, T* out) {
     const std::int64_t row = blockIdx.x * columns;
@@ -336,6 +375,14 @@ void cross_entropy(const float* logits, const std::int32_t* targets, std::int64_
     const dim3 grid(static_cast<unsigned>(rows));
     cross_entropy_kernel<<<grid, kThreads, 0, stream>>>(logits, targets, columns, out);
     check_launch("cross_entropy_kernel", grid, kThreads);
+}
+
+void logit_distances(const float* reference, const float* logits, std::int64_t rows, std::int64_t columns,
+                     double* divergence, double* same_top, cudaStream_t stream) {
+    if (rows == 0) return;
+    const dim3 grid(static_cast<unsigned>(rows));
+    logit_distances_kernel<<<grid, kThreads, 0, stream>>>(reference, logits, columns, divergence, same_top);
+    check_launch("logit_distances_kernel", grid, kThreads);
 }
 
 void permute_columns(const void* x, DType dtype, const std::int32_t* order, std::int64_t rows,

@@ -164,6 +164,22 @@ std::vector<double> CudaBackend::cross_entropy(ConstTensorView logits,
     return download<double>(losses);
 }
 
+std::vector<LogitDistance> CudaBackend::logit_distances(ConstTensorView reference, ConstTensorView logits) {
+    const bool matrix = logits.shape().rank() == 2 && logits.extent(1) > 0;
+    require_operands(matrix && logits.dtype() == DType::f32 && is(reference, DType::f32, logits.shape()),
+                     "logit_distances", {reference, logits});
+    const std::int64_t tokens = logits.extent(0);
+    Tensor divergence = empty({tokens}, DType::f64, "divergences");
+    Tensor same_top = empty({tokens}, DType::f64, "top-1 agreement");
+    cuda::logit_distances(elements<float>(reference), elements<float>(logits), tokens, logits.extent(1),
+                          elements<double>(divergence.view()), elements<double>(same_top.view()), stream_);
+    const std::vector<double> divergences = download<double>(divergence);
+    const std::vector<double> same = download<double>(same_top);
+    std::vector<LogitDistance> distances(divergences.size());
+    for (std::size_t t = 0; t < distances.size(); ++t) distances[t] = {divergences[t], same[t] != 0.0};
+    return distances;
+}
+
 void CudaBackend::permute_columns(ConstTensorView x, std::span<const std::int32_t> order, TensorView out) {
     const std::int64_t rows = x.shape().rank() == 2 ? x.extent(0) : 0;
     const auto columns = static_cast<std::int64_t>(order.size());

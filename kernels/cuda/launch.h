@@ -27,6 +27,9 @@ void rope(void* x, const std::int32_t* offsets, int sequences, std::int64_t toke
 void silu_mul(const void* gate, const void* up, void* out, std::int64_t count, cudaStream_t stream);
 void cross_entropy(const float* logits, const std::int32_t* targets, std::int64_t rows, std::int64_t columns,
                    double* out, cudaStream_t stream);
+// same_top: 1 or 0.
+void logit_distances(const float* reference, const float* logits, std::int64_t rows, std::int64_t columns,
+                     double* divergence, double* same_top, cudaStream_t stream);
 void permute_columns(const void* x, DType dtype, const std::int32_t* order, std::int64_t rows,
                      std::int64_t columns, void* out, cudaStream_t stream);
 

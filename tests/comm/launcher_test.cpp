@@ -12,10 +12,16 @@
 namespace quantmill {
 namespace {
 
-constexpr std::array kVariables{
-    "OMPI_COMM_WORLD_SIZE", "PMI_RANK",      "PMI_SIZE",     "PMIX_RANK",
-    "SLURM_PROCID",         "SLURM_STEP_ID", "SLURM_NTASKS", "SLURM_STEP_NUM_TASKS",
-    "QUANTMILL_TIMEOUT"};
+constexpr std::array kVariables{"OMPI_COMM_WORLD_SIZE",
+                                "OMPI_COMM_WORLD_RANK",
+                                "PMI_RANK",
+                                "PMI_SIZE",
+                                "PMIX_RANK",
+                                "SLURM_PROCID",
+                                "SLURM_STEP_ID",
+                                "SLURM_NTASKS",
+                                "SLURM_STEP_NUM_TASKS",
+                                "QUANTMILL_TIMEOUT"};
 
 // What launchers and batch systems put into a process's environment.
 class Launcher : public testing::Test {
@@ -89,6 +95,19 @@ TEST_F(Launcher, MpirunMayUseLessThanTheAllocation) {
     set({{"OMPI_COMM_WORLD_SIZE", "2"}, {"SLURM_NTASKS", "8"}, {"SLURM_STEP_NUM_TASKS", "4"}});
     EXPECT_NO_THROW(require_launched_processes_in_world(2, true));
     EXPECT_THROW(require_launched_processes_in_world(1, true), BadInput);
+}
+
+// Of the variables of the launcher that started this process, not of one around it.
+TEST_F(Launcher, RankBeforeMpi) {
+    EXPECT_EQ(launched_rank(), 0);
+    set({{"SLURM_PROCID", "3"}, {"SLURM_NTASKS", "4"}});
+    EXPECT_EQ(launched_rank(), 0);  // a batch script
+    set({{"SLURM_STEP_NUM_TASKS", "4"}});
+    EXPECT_EQ(launched_rank(), 3);
+    set({{"PMI_RANK", "2"}, {"PMI_SIZE", "4"}});
+    EXPECT_EQ(launched_rank(), 2);
+    set({{"OMPI_COMM_WORLD_RANK", "1"}, {"OMPI_COMM_WORLD_SIZE", "4"}});
+    EXPECT_EQ(launched_rank(), 1);
 }
 
 TEST_F(Launcher, Timeout) {

@@ -54,6 +54,7 @@ public:
     }
     void silu_mul(ConstTensorView, ConstTensorView, TensorView) override { unused(); }
     std::vector<double> cross_entropy(ConstTensorView, std::span<const std::int32_t>) override { unused(); }
+    std::vector<LogitDistance> logit_distances(ConstTensorView, ConstTensorView) override { unused(); }
     void accumulate_hessian(ConstTensorView, TensorView) override { unused(); }
     std::vector<float> read_diagonal(ConstTensorView) override { unused(); }
     void write_diagonal(std::span<const float>, TensorView) override { unused(); }

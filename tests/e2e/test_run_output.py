@@ -248,7 +248,7 @@ def test_eval_is_the_same_on_any_ranks(quantmill: Run, result: Result, tmp_path:
     for model in (result.model, result.output):
         for ranks in (1, 3):
             file = tmp_path / "eval.json"
-            quantmill("eval", "--model", model, "--tokens", result.store, "--json", file, ranks=ranks)
+            quantmill("eval", "--model", model, "--tokens", result.store, "--allow-calibration-tokens", "--json", file, ranks=ranks)
             found[model.name, ranks] = json.loads(file.read_text())["mean_negative_log_likelihood"]
     for model in (result.model, result.output):
         assert math.isfinite(found[model.name, 1])
@@ -316,7 +316,7 @@ def test_damaged_result(quantmill: Run, tmp_path: Path, damaged_source: Result, 
         (tmp_path / file).write_bytes(content)
     quantmill("inspect", tmp_path)
     change_tensor(tmp_path, suffix, change)
-    for command in (["inspect", tmp_path], ["eval", "--model", tmp_path, "--tokens", damaged_source.store]):
+    for command in (["inspect", tmp_path], ["eval", "--model", tmp_path, "--tokens", damaged_source.store, "--allow-calibration-tokens"]):
         done = quantmill(*command, code=2)
         for part in parts:
             assert part in done.stderr, f"{command[0]}: '{part}' is not in {done.stderr}"

@@ -203,6 +203,41 @@ TEST_P(Elementwise, CrossEntropyIsDoublePrecise) {
                  InternalError);
 }
 
+TEST_P(Elementwise, LogitDistances) {
+    SCOPED_TRACE(trace());
+    for (const std::int64_t vocabulary : {1, 3, 17, 1001}) {
+        const std::int64_t tokens = 23;
+        const auto reference = normal(tokens * vocabulary, 4.0F);
+        auto logits = normal(tokens * vocabulary, 4.0F);
+        std::copy_n(reference.begin(), vocabulary, logits.begin());  // the first row agrees in all
+        const auto distances = backend().logit_distances(upload(reference, {tokens, vocabulary}),
+                                                         upload(logits, {tokens, vocabulary}));
+        for (std::int64_t t = 0; t < tokens; ++t) {
+            const float* expected = reference.data() + t * vocabulary;
+            const float* row = logits.data() + t * vocabulary;
+            long double expected_sum = 0.0L;
+            long double sum = 0.0L;
+            for (std::int64_t i = 0; i < vocabulary; ++i) {
+                expected_sum += std::exp(static_cast<long double>(expected[i]));
+                sum += std::exp(static_cast<long double>(row[i]));
+            }
+            long double divergence = 0.0L;
+            for (std::int64_t i = 0; i < vocabulary; ++i) {
+                const long double p = std::exp(static_cast<long double>(expected[i])) / expected_sum;
+                divergence += p * std::log(p / (std::exp(static_cast<long double>(row[i])) / sum));
+            }
+            ASSERT_NEAR(distances[t].divergence, static_cast<double>(divergence), 1e-12);
+            ASSERT_EQ(distances[t].same_top, std::max_element(expected, expected + vocabulary) - expected ==
+                                                 std::max_element(row, row + vocabulary) - row);
+        }
+    }
+    // Of equal logits the first is the top.
+    const auto tied = backend().logit_distances(upload(std::vector<float>{1, 2, 2, 0, 1, 1}, {2, 3}),
+                                                upload(std::vector<float>{0, 3, 1, 0, 0, 3}, {2, 3}));
+    EXPECT_TRUE(tied[0].same_top);
+    EXPECT_FALSE(tied[1].same_top);
+}
+
 TEST_P(Elementwise, PermuteColumns) {
     SCOPED_TRACE(trace());
     const std::int64_t rows = 9;

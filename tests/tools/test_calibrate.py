@@ -252,3 +252,30 @@ def test_refuses_a_directory_without_tokenizer(run: Run, tmp_path: Path, tokeniz
     (tokenizer_directory / "tokenizer.json").unlink()
     with pytest.raises(SystemExit, match=r"tokenizer\.json: no such file"):
         run("--text", text_file(tmp_path / "a.txt", "w1"))
+
+
+# --- windows: the protocol of published perplexities ---
+
+
+def test_windows_cut_one_text_in_order(run: Run, tokenizer_directory: Path, tmp_path: Path) -> None:
+    """BOS once, at the beginning of the text; no overlap, no shuffling; the tail dropped."""
+    add_bos(tokenizer_directory)
+    first, second = tmp_path / "a.txt", tmp_path / "b.txt"
+    first.write_text(words(*range(7)))
+    second.write_text(words(7, 8, 9))
+    got = run("--text", first, second, "--windows", "--sequence-length", 4)
+    whole = Tokenizer.from_file(str(tokenizer_directory / "tokenizer.json")).encode(f"{words(*range(7))}\n\n{words(7, 8, 9)}").ids
+    assert whole[0] == BOS and whole.count(BOS) == 1
+    assert got == [whole[i : i + 4] for i in range(0, len(whole) // 4 * 4, 4)]
+    assert run("--text", first, second, "--windows", "--sequence-length", 4, "--sequences", 1) == got[:1]
+
+
+def test_windows_need_enough_running_text(run: Run, tmp_path: Path) -> None:
+    text = tmp_path / "a.txt"
+    text.write_text(words(1, 2, 3))
+    with pytest.raises(SystemExit, match="3 tokens: 0 windows of 4"):
+        run("--text", text, "--windows", "--sequence-length", 4)
+    ids_file = tmp_path / "ids.json"
+    ids_file.write_text("[[1]]")
+    with pytest.raises(SystemExit, match="--windows cuts running text"):
+        run("--tokens", ids_file, "--windows", "--sequences", 1)

@@ -72,6 +72,22 @@ TEST_F(Cli, Eval) {
     EXPECT_EQ(eval.logits, "l.safetensors");
     EXPECT_EQ(eval.backend, "cuda");
     EXPECT_TRUE(eval.allow_tokenizer_mismatch);
+    EXPECT_FALSE(eval.allow_calibration_tokens);
+    EXPECT_FALSE(eval.reference);
+    const auto text =
+        parse({"eval", "--model", "m", "--text", "x", "--reference", "r", "--allow-calibration-tokens"});
+    EXPECT_EQ(std::get<EvalCommand>(text.command).text, "x");
+    EXPECT_EQ(std::get<EvalCommand>(text.command).reference, "r");
+    EXPECT_TRUE(std::get<EvalCommand>(text.command).allow_calibration_tokens);
+}
+
+TEST_F(Cli, Compare) {
+    const auto line = parse({"compare", "x.json", "y", "--reference", "r", "--tokens", "t.h5"});
+    const auto& compare = std::get<CompareCommand>(line.command);
+    EXPECT_EQ(compare.a, "x.json");
+    EXPECT_EQ(compare.b, "y");
+    EXPECT_EQ(compare.eval.reference, "r");
+    EXPECT_EQ(compare.eval.tokens, "t.h5");
 }
 
 TEST_F(Cli, Inspect) {
@@ -80,15 +96,18 @@ TEST_F(Cli, Inspect) {
 
 TEST_F(Cli, MistakesEndWithTwoAndNameTheRemedy) {
     const std::pair<std::vector<const char*>, const char*> cases[] = {
-        {{"rum", "job.yaml"}, "rum is not a command (run | plan | eval | inspect); did you mean run?"},
-        {{"quantize", "job.yaml"}, "quantize is not a command (run | plan | eval | inspect)\n"},
+        {{"rum", "job.yaml"},
+         "rum is not a command (run | plan | eval | compare | inspect); did you mean run?"},
+        {{"quantize", "job.yaml"}, "quantize is not a command (run | plan | eval | compare | inspect)\n"},
         {{"job.yaml"}, "job.yaml is not a command"},
         {{"run"}, "job is required"},
         {{"run", "a.yaml", "b.yaml"}, "b.yaml"},
         {{"run", "a.yaml", "--overwite"}, "--overwite"},
         {{"run", "a.yaml", "--log-level", "loud"}, "loud"},
         {{"plan", "a.yaml", "--overwite"}, "--overwite"},
-        {{"eval", "--model", "m"}, "--tokens is required"},
+        {{"eval", "--model", "m"}, "--tokens STORE.h5 or --text FILE is required"},
+        {{"eval", "--model", "m", "--tokens", "t", "--text", "x"}, "--text excludes --tokens"},
+        {{"compare", "a.json"}, "b is required"},
         {{"eval", "--model", "m", "--tokens", "t", "--sequences", "0"}, "--sequences"},
         {{"eval", "--model", "m", "--tokens", "t", "--sequence-length", "ten"}, "--sequence-length"},
         {{"eval", "--model", "m", "--tokens", "t", "--backend", "tpu"}, "tpu"},
@@ -107,7 +126,7 @@ TEST_F(Cli, HelpTeaches) {
     const auto run = printed({"run", "--help"});
     EXPECT_EQ(run.code, ExitCode::ok);
     for (const auto& key : job_keys()) EXPECT_NE(run.text.find(key.path), std::string::npos) << key.path;
-    for (const char* command : {"run", "plan", "eval", "inspect"}) {
+    for (const char* command : {"run", "plan", "eval", "compare", "inspect"}) {
         const auto print = printed({command, "--help"});
         EXPECT_EQ(print.code, ExitCode::ok);
         for (const auto& part : {std::string("Examples:\n  quantmill ") + command, std::string("\n  85  "),

@@ -223,6 +223,20 @@ TEST_F(Forward, cross_entropy) {
     for (std::size_t i = 0; i < targets.size(); ++i) EXPECT_NEAR(actual[i], expected[i], 1e-9);
 }
 
+TEST_F(Forward, logit_distances) {
+    const std::vector<float> reference = normal(7 * 3001, 5.0F);
+    std::vector<float> logits = normal(7 * 3001, 5.0F);
+    std::copy_n(reference.begin(), 3001, logits.begin());
+    const auto expected =
+        cpu().logit_distances(put(cpu(), reference, {7, 3001}), put(cpu(), logits, {7, 3001}));
+    const auto actual =
+        cuda().logit_distances(put(cuda(), reference, {7, 3001}), put(cuda(), logits, {7, 3001}));
+    for (std::size_t i = 0; i < expected.size(); ++i) {
+        EXPECT_NEAR(actual[i].divergence, expected[i].divergence, 1e-9);
+        EXPECT_EQ(actual[i].same_top, expected[i].same_top);
+    }
+}
+
 TEST_F(Forward, columns) {
     const std::vector<float> x = normal(6 * 300);
     std::vector<std::int32_t> order(300);
