@@ -212,7 +212,7 @@ struct Solved {
 // Solves all rows in the given ranges with the factor that factor() left.
 Solved solve(Backend& backend, const std::vector<float>& weights, std::int64_t rows, std::int64_t columns,
              const std::vector<RowRange>& ranges, ConstTensorView factor, const FactorOutcome& outcome,
-             const GptqOptions& options, ConstTensorView cross = {}) {
+             const GptqOptions& options, ConstTensorView cross = {}, ConstTensorView hessian = {}) {
     QuantizedLinear quantized(backend, rows, columns, options.grid);
     quantized.g_idx = group_index(outcome, options, columns);
     Solved result;
@@ -220,7 +220,7 @@ Solved solve(Backend& backend, const std::vector<float>& weights, std::int64_t r
         Tensor piece = backend.empty({range.count(), columns}, DType::f32, "weights");
         backend.copy_from_host(weights.data() + range.begin * columns, piece);
         const RowLosses losses =
-            solve_rows(backend, piece, range, factor, outcome, options, quantized, cross);
+            solve_rows(backend, piece, range, factor, outcome, options, quantized, cross, hessian);
         result.losses.loss.insert(result.losses.loss.end(), losses.loss.begin(), losses.loss.end());
         result.losses.squared_error.insert(result.losses.squared_error.end(), losses.squared_error.begin(),
                                            losses.squared_error.end());
@@ -510,9 +510,9 @@ Matrix target_by_definition(const std::vector<float>& weights, std::size_t n, co
 }
 
 Matrix dequantized(const Solved& solved, std::size_t n, const FactorOutcome& outcome,
-                   const QuantizationGrid& grid) {
-    const auto g_idx = group_index(outcome, grid, static_cast<std::int64_t>(n));
-    const auto groups = static_cast<std::size_t>(grid.groups(static_cast<std::int64_t>(n)));
+                   const GptqOptions& options) {
+    const auto g_idx = group_index(outcome, options, static_cast<std::int64_t>(n));
+    const auto groups = static_cast<std::size_t>(options.grid.groups(static_cast<std::int64_t>(n)));
     Matrix q(solved.codes.size());
     for (std::size_t k = 0; k < q.size(); ++k) {
         const std::size_t group = k / n * groups + static_cast<std::size_t>(g_idx[k % n]);
@@ -556,8 +556,8 @@ TEST_F(GptqSolver, ErrorPropagationSolvesForTheTargetOfTheFormula) {
         EXPECT_NE(off.codes, half.codes) << "nothing was propagated";
         // Losses count from the target, squared errors from the weights.
         const RowLosses of_target =
-            losses_by_definition(half, {target.begin(), target.end()}, n, h, outcome, options.grid);
-        const RowLosses of_weights = losses_by_definition(half, weights, n, h, outcome, options.grid);
+            losses_by_definition(half, {target.begin(), target.end()}, n, h, outcome, options);
+        const RowLosses of_weights = losses_by_definition(half, weights, n, h, outcome, options);
         for (std::size_t row = 0; row < static_cast<std::size_t>(rows); ++row) {
             EXPECT_NEAR(half.losses.loss[row], of_target.loss[row], 1e-3 * of_target.loss[row]);
             EXPECT_NEAR(half.losses.squared_error[row], of_weights.squared_error[row],
@@ -565,7 +565,7 @@ TEST_F(GptqSolver, ErrorPropagationSolvesForTheTargetOfTheFormula) {
         }
         // What it is for: outputs closer to those of the original model.
         const auto error = [&](const Solved& solved) {
-            return paths.output_error(dequantized(solved, n, outcome, options.grid), weights);
+            return paths.output_error(dequantized(solved, n, outcome, options), weights);
         };
         EXPECT_LT(error(half), 0.8 * error(off));
         EXPECT_LT(error(all), error(half));
@@ -584,6 +584,59 @@ TEST_F(GptqSolver, WhatIsRoundedToNearestPropagatesNothing) {
 }
 
 // A diagonal factor couples nothing: each code is the nearest on the grid of its group's own range.
+TEST_F(GptqSolver, TheDampedHessianIsTheOneThatWasFactored) {
+    SCOPED_TRACE(fmt::format("seed {}", seed_));
+    const std::size_t n = 60;
+    const auto triangle = random_triangle(n, 100, {5, 33});
+    const FactorOutcome outcome = factor(triangle, n, {{}, true, 0.03, 0.01}).outcome;
+    Tensor h = backend_->empty({n, n}, DType::f32, "damped Hessian");
+    quantmill::damped_hessian(*backend_, sum_of(triangle), FixedPointExponents(n, 0), 2, outcome, h);
+    std::vector<float> found(n * n);
+    backend_->copy_to_host(h, found.data());
+    const Matrix expected = damped_hessian(triangle, n, 0.03);
+    for (std::size_t i = 0; i < found.size(); ++i) EXPECT_NEAR(found[i], expected[i], 1e-6 * expected[0]);
+}
+
+// In every order of the columns: the loss that is reported is that of what is stored, and no row loses.
+TEST_F(GptqSolver, RefiningLowersTheLossOfEveryRow) {
+    SCOPED_TRACE(fmt::format("seed {}", seed_));
+    const std::size_t n = 96;
+    const std::int64_t rows = 70;
+    const auto triangle = random_triangle(n, 130, {11});
+    const Matrix h = damped_hessian(triangle, n, 0.05);
+    const std::vector<float> h_float(h.begin(), h.end());
+    Tensor hessian = backend_->empty({n, n}, DType::f32, "damped Hessian");
+    backend_->copy_from_host(h_float.data(), hessian);
+    const auto weights = random_weights(random_, rows * static_cast<std::int64_t>(n));
+    for (const int order : {0, 1, 2, 3}) {
+        GptqOptions options{{3, 16, true}, order == 1 || order == 3, 0.05, 0.01};
+        options.act_group_aware = order == 2;
+        options.static_groups = order == 3;
+        const FactorOutcome outcome = factor(triangle, n, options).outcome;
+        const auto run = [&] {
+            return solve(*backend_, weights, rows, n, {{0, kSolveRowBlock}, {kSolveRowBlock, rows}}, factor_,
+                         outcome, options, {}, hessian);
+        };
+        const Solved plain = run();
+        double before = 0.0;
+        for (const double loss : plain.losses.loss) before += loss;
+        for (const auto& [refit, sweeps] : {std::pair{true, 0}, {false, 1}, {true, 2}}) {
+            options.refit = refit;
+            options.sweeps = sweeps;
+            const Solved refined = run();
+            const RowLosses exact = losses_by_definition(refined, weights, n, h, outcome, options);
+            double after = 0.0;
+            for (std::size_t row = 0; row < exact.loss.size(); ++row) {
+                EXPECT_NEAR(refined.losses.loss[row], exact.loss[row], 1e-3 * exact.loss[row]);
+                EXPECT_LE(exact.loss[row], plain.losses.loss[row] * 1.001)
+                    << "order " << order << ", " << row;
+                after += exact.loss[row];
+            }
+            EXPECT_LT(after, 0.99 * before) << "order " << order << ", refit " << refit << ", " << sweeps;
+        }
+    }
+}
+
 TEST_F(GptqSolver, FallbackRoundsToNearest) {
     SCOPED_TRACE(fmt::format("seed {}", seed_));
     const GptqOptions options{{4, 2, true}, false, 0.05, 0.01};
