@@ -1,0 +1,233 @@
+#!/usr/bin/env python3
+"""What each quality option is worth: quantizes one model with every row of a table of settings, evaluates each checkpoint
+with `quantmill eval` on held-out tokens, and keeps the figures in one JSON file. What the file has is not run again.
+
+Rows are ours or GPTQModel's (those need tools/python_env.sh --interop and are slow on a CPU). Every row runs for each
+bit width and each order of the calibration sequences (0: as stored, others: fixed permutations), since one order alone
+moves a perplexity by one to ten per cent: judge by medians.
+
+  bench/quality.py --quantmill build/cpu/quantmill --model build/demo/SmolLM2-135M-Instruct \\
+      --calibration build/demo/calib.h5 --evaluation build/demo/eval.h5 --bits 4 3 2 --orders 4
+  bench/quality.py ... --rows balanced best "GPTQModel GAR, mse" --backend cuda --jobs 4
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import threading
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+
+PEERS = Path(__file__).resolve().parent / "peers"
+Record = dict[str, Any]
+
+GAR = {"preset": "plain", "act_group_aware": True}
+SEARCH = GAR | {"scale_search": "hessian"}
+SIGNED = SEARCH | {"signed_scales": True}
+# Name of a row -> keys of `quantization` beside bits and group_size.
+OURS: dict[str, Record] = {
+    "plain": {"preset": "plain"},
+    "desc_act": {"preset": "plain", "desc_act": True},
+    "desc_act, static_groups": {"preset": "plain", "desc_act": True, "static_groups": True},
+    "GAR": GAR,
+    "GAR, damp_percent auto": GAR | {"damp_percent": "auto"},
+    "GAR, mse": GAR | {"scale_search": "mse"},
+    "GAR, hessian": SEARCH,
+    "GAR, hessian, asymmetric": SEARCH | {"sym": False},
+    "GAR, hessian, signed": SIGNED,
+    "GAR, hessian, signed, bf16 scales": SIGNED | {"scale_rounding": "bf16"},
+    "GAR, hessian, signed, 2 sweeps": SIGNED | {"sweeps": 2},
+    "GAR, hessian, signed, refit": SIGNED | {"refit": True},
+    "GAR, hessian, signed, refit, 2 sweeps": SIGNED | {"refit": True, "sweeps": 2},
+    "GAR, hessian, signed, alpha 0.25": SIGNED | {"error_propagation_alpha": 0.25},
+    "GAR, hessian, signed, alpha 0.5": SIGNED | {"error_propagation_alpha": 0.5},
+    "GAR, hessian, signed, alpha 1": SIGNED | {"error_propagation_alpha": 1},
+    "plain, original": {"preset": "plain", "propagate": "original"},
+    "balanced, original": {"preset": "balanced", "propagate": "original"},
+    "gptqmodel": {"preset": "gptqmodel"},
+    "balanced": {"preset": "balanced"},
+    "best": {"preset": "best"},
+}
+# Name of a row -> options of peers/quantize_gptqmodel.py.
+THEIRS: dict[str, list[str]] = {
+    "GPTQModel": [],
+    "GPTQModel GAR": ["--act-group-aware"],
+    "GPTQModel GAR, mse": ["--act-group-aware", "--mse", "2.4"],
+    "GPTQModel GAR, mse, GPTAQ": ["--act-group-aware", "--mse", "2.4", "--gptaq"],
+}
+
+
+def sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+class Table:
+    """The figures file and the runs that fill it."""
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self.arguments = arguments
+        self.lock = threading.Lock()
+        arguments.work.mkdir(parents=True, exist_ok=True)
+        inputs = {
+            "model": sha256(arguments.model / "model.safetensors"),
+            "calibration": sha256(arguments.calibration),
+            "evaluation": sha256(arguments.evaluation),
+            "group_size": arguments.group_size,
+        }
+        empty: Record = {"inputs": inputs, "runs": []}
+        self.figures: Record = json.loads(arguments.output.read_text()) if arguments.output.exists() else empty
+        if self.figures["inputs"] != inputs:
+            sys.exit(f"{arguments.output} holds the figures of other inputs: {self.figures['inputs']}; now {inputs}")
+
+    def save(self) -> None:
+        partial = self.arguments.output.with_name(self.arguments.output.name + ".partial")
+        partial.write_text(json.dumps(self.figures, indent=1) + "\n")
+        os.replace(partial, self.arguments.output)
+
+    def execute(self, name: str, command: list[str]) -> None:
+        environment = {k: v for k, v in os.environ.items() if k not in {"OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE"}}
+        if self.arguments.gpus > 1:  # a run has one GPU, runs take turns
+            turn = zlib.crc32(name.removesuffix("-eval").encode())
+            environment["CUDA_VISIBLE_DEVICES"] = str(turn % self.arguments.gpus)
+        log = self.arguments.work / f"{name}.log"
+        with log.open("w") as stream:
+            code = subprocess.run(command, stdout=stream, stderr=subprocess.STDOUT, env=environment).returncode
+        if code:
+            raise RuntimeError(f"{name} failed with exit code {code}; its output is in {log}")
+
+    def store_of(self, order: int) -> Path:
+        """The calibration store with its sequences in the given order."""
+        if order == 0:
+            return self.arguments.calibration
+        file = self.arguments.work / f"order-{order}.h5"
+        with self.lock:
+            if file.exists():
+                return file
+            with h5py.File(self.arguments.calibration) as source, h5py.File(file, "w") as target:
+                rows = np.random.default_rng(order).permutation(len(source["lengths"]))
+                for name in ("input_ids", "lengths"):
+                    target[name] = source[name][:][rows]
+                for key, value in source.attrs.items():
+                    target.attrs[key] = value
+        return file
+
+    def quantize(self, name: str, row: str, bits: int, order: int, checkpoint: Path) -> None:
+        arguments = self.arguments
+        if row in THEIRS:
+            command = [sys.executable, str(PEERS / "quantize_gptqmodel.py"), "--model", str(arguments.model)]
+            command += ["--calibration", str(self.store_of(order)), "--bits", str(bits)]
+            command += ["--group-size", str(arguments.group_size), "--output", str(checkpoint), *THEIRS[row]]
+            return self.execute(name, [*command, "--device", "cuda:0" if arguments.backend == "cuda" else "cpu"])
+        settings = OURS[row]
+        job = {
+            "model": str(arguments.model.resolve()),
+            "output": {
+                "directory": str(checkpoint.resolve()),
+                "format": "gptq" if settings.get("sym", True) else "gptq_v2",
+            },
+            "calibration": {"tokens": str(self.store_of(order).resolve())},
+            "quantization": {"bits": bits, "group_size": arguments.group_size, **settings},
+            "compute": {"backend": arguments.backend},
+        }
+        spec = arguments.work / f"{name}.yaml"
+        spec.write_text(json.dumps(job))  # JSON is YAML
+        self.execute(name, [str(arguments.quantmill), "run", str(spec), "--overwrite"])
+
+    def evaluate(self, name: str, checkpoint: Path) -> Record:
+        file = self.arguments.work / f"{name}.json"
+        command = [str(self.arguments.quantmill), "eval", "--model", str(checkpoint), "--backend", self.arguments.backend]
+        command += ["--tokens", str(self.arguments.evaluation), "--reference", str(self.arguments.model)]
+        self.execute(f"{name}-eval", [*command, "--json", str(file)])
+        return json.loads(file.read_text())
+
+    def run(self, row: str, bits: int, order: int) -> None:
+        name = f"{row}-{bits}bit-order{order}".replace(" ", "_").replace(",", "")
+        checkpoint = self.arguments.work / name
+        shutil.rmtree(checkpoint, ignore_errors=True)
+        try:
+            self.quantize(name, row, bits, order, checkpoint)
+            result = self.evaluate(name, checkpoint)
+            report = checkpoint / "report.json"
+            seconds = json.loads(report.read_text())["seconds"] if report.exists() else None
+        except RuntimeError as error:
+            print(error, flush=True)
+            return
+        finally:
+            shutil.rmtree(checkpoint, ignore_errors=True)
+        kept = ("perplexity", "perplexity_interval", "kl_divergence", "top1_agreement", "backend")
+        record = {"row": row, "bits": bits, "order": order, "seconds": seconds, "date": date.today().isoformat()}
+        record |= {key: result[key] for key in kept if key in result}
+        with self.lock:
+            self.figures["runs"].append(record)
+            self.save()
+            print(json.dumps(record), flush=True)
+
+    def found(self, row: str, bits: int) -> list[Record]:
+        return [r for r in self.figures["runs"] if (r["row"], r["bits"]) == (row, bits)]
+
+    def fill(self) -> None:
+        arguments = self.arguments
+        if "unquantized" not in self.figures:
+            self.figures["unquantized"] = self.evaluate("unquantized", arguments.model)["perplexity"]
+        wanted = [(row, bits, order) for order in range(arguments.orders) for row in arguments.rows for bits in arguments.bits]
+        missing = [(row, bits, order) for row, bits, order in wanted if order not in {r["order"] for r in self.found(row, bits)}]
+        with ThreadPoolExecutor(arguments.jobs) as pool:
+            list(pool.map(lambda item: self.run(*item), missing))
+
+    def markdown(self) -> str:
+        bits = self.arguments.bits
+        lines = [
+            f"Perplexity of the unquantized model: {self.figures['unquantized']:.2f}.",
+            "",
+            "| | " + " | ".join(f"{b} bits" for b in bits) + " | KL, " + " / ".join(map(str, bits)) + " | seconds |",
+            "|---|" + "---|" * (len(bits) + 2),
+        ]
+        for row in [*THEIRS, *OURS]:
+            found = {b: self.found(row, b) for b in bits}
+            if not any(found.values()):
+                continue
+
+            def median(b: int, key: str, form: str) -> str:
+                values = [r[key] for r in found[b] if r.get(key) is not None]  # noqa: B023
+                return format(statistics.median(values), form) if values else ""
+
+            cells = [median(b, "perplexity", ".2f") for b in bits]
+            divergences = " / ".join(median(b, "kl_divergence", ".3f") for b in bits)
+            lines.append(f"| {row} | {' | '.join(cells)} | {divergences} | {median(bits[0], 'seconds', '.1f')} |")
+        return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quantmill", type=Path, required=True, metavar="BINARY")
+    parser.add_argument("--model", type=Path, required=True, metavar="DIR")
+    parser.add_argument("--calibration", type=Path, required=True, metavar="STORE.h5")
+    parser.add_argument("--evaluation", type=Path, required=True, metavar="STORE.h5")
+    parser.add_argument("--bits", type=int, nargs="+", default=[4, 3, 2])
+    parser.add_argument("--orders", type=int, default=4, metavar="N", help="of the sequences (default: %(default)s)")
+    parser.add_argument("--rows", nargs="+", default=list(OURS), choices=[*OURS, *THEIRS], metavar="ROW")
+    parser.add_argument("--group-size", type=int, default=64)
+    parser.add_argument("--backend", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--jobs", type=int, default=1, help="runs side by side; their seconds are no benchmark then")
+    parser.add_argument("--gpus", type=int, default=1, help="GPUs that runs are spread over (default: %(default)s)")
+    parser.add_argument("--work", type=Path, default=Path("build/quality"), metavar="DIR")
+    parser.add_argument("--output", type=Path, default=PEERS.parent / "quality.json", metavar="FILE")
+    table = Table(parser.parse_args())
+    table.fill()
+    print(table.markdown())
+
+
+if __name__ == "__main__":
+    main()
