@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""Quantizes one model with GPTQModel as quantmill's `plain` settings would, and prints one line of JSON about the run.
+"""Quantizes one model with GPTQModel, by default as quantmill's preset `plain` would, and prints one line of JSON about it.
 
-Started by bench/compare_gptqmodel.py in a process of its own. It fails if the model did not see exactly the sequences
+Started by bench/compare_gptqmodel.py and bench/quality.py in a process of its own. It fails if the model did not see exactly the sequences
 of the store, in their order.
 """
 
@@ -18,7 +18,7 @@ os.environ["GPTQMODEL_DISABLE_PACK_EXT"] = "1"
 import h5py
 import torch
 from gptqmodel import GPTQModel
-from gptqmodel.quantization.config import GPTQConfig
+from gptqmodel.quantization.config import GPTAQConfig, GPTQConfig
 
 DAMP_PERCENT, DAMP_AUTO_INCREMENT = 0.05, 0.01
 
@@ -35,6 +35,9 @@ def main() -> None:
     parser.add_argument("--bits", type=int, required=True)
     parser.add_argument("--group-size", type=int, required=True)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--act-group-aware", action="store_true")
+    parser.add_argument("--mse", type=float, default=0.0)
+    parser.add_argument("--gptaq", action="store_true", help="with its default alpha")
     parser.add_argument("--output", required=True)
     arguments = parser.parse_args()
 
@@ -44,8 +47,9 @@ def main() -> None:
         group_size=arguments.group_size,
         sym=True,
         desc_act=False,
-        act_group_aware=False,
-        mse=0.0,
+        act_group_aware=arguments.act_group_aware,
+        mse=arguments.mse,
+        gptaq=GPTAQConfig() if arguments.gptaq else None,
         damp_percent=DAMP_PERCENT,
         damp_auto_increment=DAMP_AUTO_INCREMENT,
         true_sequential=True,
