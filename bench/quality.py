@@ -166,9 +166,10 @@ class Table:
             return
         finally:
             shutil.rmtree(checkpoint, ignore_errors=True)
-        kept = ("perplexity", "perplexity_interval", "kl_divergence", "top1_agreement", "backend")
+        kept = ("perplexity", "perplexity_interval", "kl_divergence", "kl_divergence_interval", "top1_agreement")
         record = {"row": row, "bits": bits, "order": order, "seconds": seconds, "date": date.today().isoformat()}
-        record |= {key: result[key] for key in kept if key in result}
+        result |= result.pop("reference", {})
+        record |= {key: result[key] for key in (*kept, "bits_per_weight", "backend") if key in result}
         with self.lock:
             self.figures["runs"].append(record)
             self.save()
