@@ -63,6 +63,19 @@ public:
         unused();
     }
     void permute_symmetric(ConstTensorView, std::span<const std::int32_t>, TensorView) override { unused(); }
+    void accumulate_cross(TensorView, ConstTensorView, TensorView) override { unused(); }
+    double largest_fixed_point(ConstTensorView, std::span<const std::int32_t>) override { unused(); }
+    void add_fixed_point_full(ConstTensorView, std::span<const std::int32_t>, TensorView) override {
+        unused();
+    }
+    void from_fixed_point_full(ConstTensorView, std::span<const std::int32_t>, double, TensorView) override {
+        unused();
+    }
+    void propagate_error(ConstTensorView, ConstTensorView, ConstTensorView, std::span<const std::int32_t>,
+                         float, TensorView) override {
+        unused();
+    }
+    std::size_t propagate_workspace(std::int64_t, std::int64_t) const override { return 0; }
     std::size_t factor_workspace(std::int64_t) const override { return 0; }
     std::size_t solve_workspace(std::int64_t, std::int64_t, const QuantizationGrid&) const override {
         return 0;

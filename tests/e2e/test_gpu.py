@@ -62,6 +62,20 @@ def test_same_bytes(quantmill: Run, tmp_path: Path) -> None:
             )
 
 
+def test_same_bytes_with_error_propagation(quantmill: Run, tmp_path: Path) -> None:
+    sequences = random_sequences(150, 700, vocabulary=256)
+    for true_sequential in (True, False):
+        directory = tmp_path / str(true_sequential)
+        job, _ = make_job(directory, "Llama", 11, sequences, bits=3, true_sequential=true_sequential, error_propagation_alpha=0.5)
+        expected = run(quantmill, job, directory / "out", 1)
+        tight = "260MB"  # both paths pass through slots
+        spread = [(1, "free", "recompute"), (1, tight, "stream"), (1, tight, "recompute"), (3, "free", "auto")]
+        for ranks, memory, activations in spread:
+            output = directory / f"out-{ranks}-{memory}-{activations}"
+            got = run(quantmill, job, output, ranks, device_memory=memory, activations=activations)
+            assert got == expected, f"{true_sequential=}, {ranks} ranks, {memory}, {activations}"
+
+
 def test_same_bytes_of_layer_groups(quantmill: Run, tmp_path: Path) -> None:
     sequences = random_sequences(60, 400, vocabulary=256)
     job, _ = make_job(tmp_path, "Llama", 7, sequences, propagate="original")

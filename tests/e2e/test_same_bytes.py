@@ -3,6 +3,7 @@
 import csv
 import hashlib
 import io
+import json
 import os
 import random
 import time
@@ -103,3 +104,27 @@ def test_random_models(quantmill: Run, tmp_path: Path) -> None:
         expected = quantize(quantmill, job, directory / "alone", 1, 1)
         assert quantize(quantmill, job, directory / "spread", ranks, threads, "--set", f"compute.activations={activations}") == expected, message
     print(f"{case} random models")
+
+
+def test_error_propagation(quantmill: Run, tmp_path: Path) -> None:
+    model = make_checkpoint(tmp_path / "model", "Llama", seed=5, num_hidden_layers=2)
+    store = write_store(tmp_path / "calib.h5", random_sequences(13, 90, seed=5, vocabulary=256), model, vocabulary=256)
+    for options in ({}, {"desc_act": True}, {"true_sequential": False}):
+        quantization = {"bits": 3, "group_size": 32, **options}
+        job = write_job(tmp_path / "job.yaml", model, store, tmp_path / "out", quantization, allow_unservable=True)
+        alpha = ("--set", "quantization.error_propagation_alpha=0.5")
+        off = quantize(quantmill, job, tmp_path / "off", 1, 1, "--overwrite")
+        zero = ("--set", "quantization.error_propagation_alpha=0", "--overwrite")
+        assert quantize(quantmill, job, tmp_path / "off", 1, 1, *zero) == off
+        expected = quantize(quantmill, job, tmp_path / "on", 1, 1, *alpha, "--overwrite")
+        assert expected != off
+        for ranks, threads, activations in [(1, 2, "recompute"), (2, 1, "stream"), (3, 2, "recompute"), (4, 1, "auto")]:
+            words = (*alpha, "--overwrite", "--set", f"compute.activations={activations}")
+            got = quantize(quantmill, job, tmp_path / "spread", ranks, threads, *words)
+            assert got == expected, f"{options}, {ranks} ranks, {threads} threads, {activations}"
+        log = list(csv.DictReader(io.StringIO((tmp_path / "on" / "quantize_log.csv").read_text())))
+        assert {line["error_propagation_alpha"] for line in log} == {"0.5"}
+        config = json.loads((tmp_path / "on" / "quantize_config.json").read_text())
+        assert config["meta"]["error_propagation_alpha"] == 0.5
+        assert "error_propagation_alpha" in (tmp_path / "on" / "README.md").read_text()
+        assert "error_propagation_alpha" not in (tmp_path / "off" / "quantize_config.json").read_text()
