@@ -8,7 +8,7 @@
 set -euo pipefail
 
 programs=(quantmill bench_block bench_communicator bench_cuda_{forward,hessian,cholesky,solver,pack,links}
-    test_cuda_backend comm_nccl_test comm_nccl_lost_rank)
+    test_cuda_backend test_{elementwise,error_propagation,gptq_solve,refine} comm_nccl_test comm_nccl_lost_rank)
 if [ "${1:-}" = --targets ]; then
     echo "${programs[@]}"
     exit

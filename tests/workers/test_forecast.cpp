@@ -62,7 +62,7 @@ TEST(CostModel, GivesTheTimesOfMeasuredBlocks) {
         work.shards = plan_batch_shards(std::vector<std::int64_t>(128, 2048), 16384);
         const World alone = imagine_world(1, 1, std::uint64_t{1} << 40U);
         const PlannedTime time =
-            forecast_quantized(work, alone, rates_of("cuda", 7e14), row_groups(alone, 1), true).time;
+            forecast_quantized(work, alone, rates_of("cuda", 7e14), row_groups(alone, 1), true, false).time;
         EXPECT_NEAR(time.forward / graph.blocks, measured.forward, 0.05 * measured.forward);
         EXPECT_NEAR(time.hessian / graph.blocks, measured.hessian, 0.05 * measured.hessian);
         EXPECT_NEAR(time.factor / graph.blocks, measured.factor, 0.05 * measured.factor);
