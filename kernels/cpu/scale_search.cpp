@@ -50,13 +50,15 @@ QUANTMILL_HOT_LOOP void squared_loss(const float* weights, std::int64_t width, c
     }
 }
 
-// Σ |error|^2.4, GPTQModel's measure.
+// Σ |error|^2.4, GPTQModel's measure. What is added keeps the logarithm of 0 inside the exponential's range:
+// a bound would be a branch and not vectorise.
 QUANTMILL_HOT_LOOP void power_loss(const float* weights, std::int64_t width, float max_code, Candidate& c) {
+    constexpr float kNothing = 1e-15F;
     for (std::int64_t j = 0; j < width; ++j) {
         for (std::int64_t r = 0; r < kRows; ++r) {
             const float error =
                 miss(weights[j * kRows + r], c.grid.scale[r], c.inverse[r], c.grid.zero[r], max_code);
-            c.loss[r] += vector_exp(2.4F * vector_log(std::abs(error)));
+            c.loss[r] += vector_exp_inside(2.4F * vector_log(std::abs(error) + kNothing));
         }
     }
 }

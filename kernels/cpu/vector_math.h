@@ -8,10 +8,9 @@
 // do not unless -ffast-math changes everything else too.
 namespace quantmill {
 
-// e^x within 2 ulp for −87 <= x <= 88; arguments beyond are taken as those bounds.
-inline float vector_exp(float x) {
+// e^x within 2 ulp for −87 <= x <= 88, nothing sensible beyond.
+inline float vector_exp_inside(float x) {
     constexpr float kShift = 0x1.8p23F;  // adding it leaves an integer in the low bits
-    x = std::min(std::max(x, -87.0F), 88.0F);
     const float shifted = x * 1.44269504F + kShift;
     const float n = shifted - kShift;
     const float r = (x - n * 0x1.62e4p-1F) - n * 0x1.7f7d1cp-20F;  // ln 2 in two parts
@@ -26,10 +25,12 @@ inline float vector_exp(float x) {
     return p * std::bit_cast<float>((std::bit_cast<std::uint32_t>(shifted) << 23U) + 0x3F800000U);
 }
 
-// The natural logarithm of x >= 0 within 3e-7, absolutely where |log x| < 1, else relatively; what is below
-// 1e-37 counts as that.
+// The same; arguments beyond are taken as those bounds.
+inline float vector_exp(float x) { return vector_exp_inside(std::min(std::max(x, -87.0F), 88.0F)); }
+
+// The natural logarithm of x >= 0 within 3e-7, absolutely where |log x| < 1, else relatively; of 0 and what
+// is subnormal about −88.
 inline float vector_log(float x) {
-    x = std::max(x, 1e-37F);
     // m in [sqrt(1/2), sqrt(2)): the exponent is taken from the bits so shifted.
     const std::uint32_t bits = std::bit_cast<std::uint32_t>(x) - 0x3F3504F3U;
     const auto exponent = static_cast<float>(static_cast<std::int32_t>(bits) >> 23);
