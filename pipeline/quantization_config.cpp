@@ -6,7 +6,8 @@ nlohmann::ordered_json to_json(const QuantizationConfig& config) {
     const std::string format(name_of(config.format));
     nlohmann::ordered_json json{{"bits", config.bits},
                                 {"group_size", config.group_size},
-                                {"desc_act", config.desc_act},
+                                // Static groups leave g_idx sorted, so that fast kernels are right.
+                                {"desc_act", config.desc_act && !config.static_groups},
                                 {"sym", config.sym},
                                 {"lm_head", false},
                                 {"quant_method", "gptq"},
@@ -19,7 +20,13 @@ nlohmann::ordered_json to_json(const QuantizationConfig& config) {
                                  {{"quantizer", {"quantmill:" + config.version}},
                                   {"damp_percent", config.damp_percent},
                                   {"damp_auto_increment", config.damp_auto_increment},
-                                  {"true_sequential", config.true_sequential}}}};
+                                  {"true_sequential", config.true_sequential},
+                                  {"act_group_aware", config.act_group_aware},
+                                  {"static_groups", config.static_groups},
+                                  {"mse", config.scale_search == "mse" ? 2.4 : 0.0},
+                                  {"scale_search", config.scale_search},
+                                  {"signed_scales", config.signed_scales},
+                                  {"scale_rounding", config.scale_rounding}}}};
     if (config.error_propagation_alpha > 0.0) {
         json["meta"]["error_propagation_alpha"] = config.error_propagation_alpha;
     }

@@ -7,7 +7,7 @@
 
 namespace quantmill {
 
-// What config.json's quantization_config and quantize_config.json tell loaders.
+// What config.json's quantization_config and quantize_config.json tell loaders; `desc_act` is the job's.
 struct QuantizationConfig {
     int bits = 4;
     std::int64_t group_size = 128;  // -1: one group a row
@@ -19,6 +19,11 @@ struct QuantizationConfig {
     GptqFormat format = GptqFormat::v1;
     std::string version;  // of this program
     double error_propagation_alpha = 0.0;
+    bool act_group_aware = false;
+    bool static_groups = false;
+    std::string scale_search = "minmax";
+    bool signed_scales = false;
+    std::string scale_rounding = "fp16";  // fp16 or bf16
 };
 
 nlohmann::ordered_json to_json(const QuantizationConfig& config);

@@ -4,24 +4,34 @@
 
 #include "jobs/text.h"
 #include "pipeline/model_card.h"
+#include "workers/gptq_options.h"
 #include "workers/placement.h"
 #include "workers/version.h"
 
 namespace quantmill {
 namespace {
 
-QuantizationConfig config_of(const JobSpec& spec) {
-    const QuantizationSpec& q = spec.quantization;
-    return {q.bits,
-            q.group_size,
-            q.sym,
-            q.desc_act,
-            q.damp_percent,
-            q.damp_auto_increment,
-            q.true_sequential,
-            gptq_format_from(spec.output.format),
-            version_number(),
-            q.error_propagation_alpha};
+std::string scale_rounding(const PreparedJob& job) {
+    return gptq_options(job.spec.quantization, is_bf16(job)).grid.bf16_scales ? "bf16" : "fp16";
+}
+
+QuantizationConfig config_of(const PreparedJob& job) {
+    const QuantizationSpec& q = job.spec.quantization;
+    return {.bits = q.bits,
+            .group_size = q.group_size,
+            .sym = q.sym,
+            .desc_act = q.desc_act,
+            .damp_percent = q.damp_percent,
+            .damp_auto_increment = q.damp_auto_increment,
+            .true_sequential = q.true_sequential,
+            .format = gptq_format_from(job.spec.output.format),
+            .version = version_number(),
+            .error_propagation_alpha = q.error_propagation_alpha,
+            .act_group_aware = q.act_group_aware,
+            .static_groups = q.static_groups,
+            .scale_search = q.scale_search,
+            .signed_scales = q.signed_scales,
+            .scale_rounding = scale_rounding(job)};
 }
 
 std::string yes_no(bool value) { return value ? "true" : "false"; }
@@ -65,6 +75,11 @@ ModelCard card_of(const PreparedJob& job, const Report& report) {
         {"group_size", std::to_string(q.group_size)},
         {"sym", yes_no(q.sym)},
         {"desc_act", yes_no(q.desc_act)},
+        {"act_group_aware", yes_no(q.act_group_aware)},
+        {"static_groups", yes_no(q.static_groups)},
+        {"scale_search", q.scale_search},
+        {"signed_scales", yes_no(q.signed_scales)},
+        {"scale_rounding", scale_rounding(job)},
         {"damp_percent", fmt::format("{}", q.damp_percent)},
         {"damp_auto_increment", fmt::format("{}", q.damp_auto_increment)},
         {"true_sequential", yes_no(q.true_sequential)},
@@ -188,7 +203,7 @@ void CheckpointOutput::finish(const Report& report) {
 
 void CheckpointOutput::write_documents(const Report& report) const {
     const std::filesystem::path& directory = job_.spec.output.directory;
-    const QuantizationConfig config = config_of(job_.spec);
+    const QuantizationConfig config = config_of(job_);
     write_text(directory / "README.md", to_markdown(card_of(job_, report), job_.spec.model));
     write_text(directory / "quantize_log.csv", to_csv(report));
     write_text(directory / "report.json", to_json(report));

@@ -68,6 +68,25 @@ bool belongs_to_quantized(const CheckpointReader& reader, const std::string& nam
     return false;
 }
 
+struct ScaleCount {
+    std::int64_t all = 0, negative = 0;
+};
+
+void count_scales(const CheckpointReader& reader, const std::string& prefix, ScaleCount& count) {
+    std::vector<std::uint16_t> scales(reader.find(prefix + ".scales").bytes() / sizeof(std::uint16_t));
+    reader.read(prefix + ".scales", scales.data());
+    count.all += static_cast<std::int64_t>(scales.size());
+    count.negative +=
+        std::count_if(scales.begin(), scales.end(), [](unsigned bits) { return (bits & 0x8000U) != 0; });
+}
+
+// A checkpoint without negative scales has nothing to say of them.
+std::string negative_share(const ScaleCount& count) {
+    if (count.negative == 0) return {};
+    return fmt::format("{:.1f}% of the scales are negative (meta.signed_scales)\n",
+                       100.0 * static_cast<double>(count.negative) / static_cast<double>(count.all));
+}
+
 void add(std::map<std::string, Row>& rows, const std::string& name, const Row& row) {
     const auto [it, fresh] = rows.try_emplace(without_numbers(name) + "\n" + row.scheme + row.shape, row);
     if (fresh) return;
@@ -104,20 +123,24 @@ std::string inspect_checkpoint(const std::filesystem::path& directory) {
     verify_checkpoint(reader);
     const std::optional<GptqScheme> scheme = scheme_of(reader);
     std::map<std::string, Row> rows;
+    ScaleCount scales;
     for (const auto& [name, tensor] : reader.tensors()) {
         if (scheme && name.ends_with(kQweight)) {
             const std::string prefix = name.substr(0, name.size() - kQweight.size());
             add(rows, prefix, row_of_linear(reader, prefix, *scheme));
+            count_scales(reader, prefix, scales);
         } else if (!belongs_to_quantized(reader, name)) {
             add(rows, name,
                 {tensor.dtype, fmt::format("[{}]", fmt::join(tensor.shape, ", ")), 1, tensor.count(),
                  tensor.bytes()});
         }
     }
-    return to_table(rows) + fmt::format(
-                                "\n{} file(s), {} tensors, verified: headers, index, names, shapes, finite "
-                                "values, scales, zeros and groups\n",
-                                reader.files().size(), reader.tensors().size());
+    return to_table(rows) +
+           fmt::format(
+               "\n{} file(s), {} tensors, verified: headers, index, names, shapes, finite "
+               "values, scales, zeros and groups\n",
+               reader.files().size(), reader.tensors().size()) +
+           negative_share(scales);
 }
 
 }  // namespace quantmill

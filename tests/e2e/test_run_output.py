@@ -22,9 +22,14 @@ LEFT_BEHIND = ["pytorch_model.bin", "old.gguf", "all.zip", "recipe.yaml", "model
 CARD = "---\nlicense: other\nlicense_name: tiny\nlicense_link: LICENSE\nlanguage: [en, fr]\n---\nThe original card.\n"
 CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {
     "llama": ("Llama", {"dtype": "BF16"}, {"bits": 4, "group_size": 32}, "gptq"),
-    "mistral": ("Mistral", {"dtype": "F16", "files": 2}, {"bits": 2, "group_size": 16, "damp_percent": 0.1}, "gptq"),
+    "mistral": (
+        "Mistral",
+        {"dtype": "F16", "files": 2},
+        {"bits": 2, "group_size": 16, "damp_percent": 0.1, "act_group_aware": True, "scale_search": "hessian", "signed_scales": True},
+        "gptq",
+    ),
     "qwen2": ("Qwen2", {"dtype": "F32"}, {"bits": 3, "group_size": -1, "sym": False, "desc_act": True}, "gptq_v2"),
-    "qwen3": ("Qwen3", {"dtype": "BF16"}, {"bits": 8, "group_size": 32, "true_sequential": False}, "gptq_v2"),
+    "qwen3": ("Qwen3", {"dtype": "BF16"}, {"bits": 8, "group_size": 32, "true_sequential": False, "desc_act": True, "static_groups": True}, "gptq_v2"),
 }
 
 
@@ -71,6 +76,10 @@ def dequantized(tensors: dict[str, Stored], module: str, bits: int, version: str
     return (scales.astype(np.float64)[groups] * (unpack(qweight, bits) - zeros[groups])).T
 
 
+def any_order(result: Result) -> bool:
+    return result.quantization.get("desc_act", False) and not result.quantization.get("static_groups", False)
+
+
 def linears_of(result: Result) -> list[str]:
     blocks = json.loads((result.model / "config.json").read_text())["num_hidden_layers"]
     return [f"model.layers.{block}.{linear}" for block in range(blocks) for linear in LINEARS]
@@ -86,12 +95,13 @@ def test_tensors(result: Result) -> None:
         for kind, shape in shapes.items():
             dtype, values = got.pop(f"{module}.{kind}")
             assert (dtype, values.shape) == ("F16" if kind == "scales" else "I32", shape), f"{module}.{kind}"
-            if kind == "g_idx" and not result.quantization.get("desc_act"):
+            if kind == "g_idx" and not any_order(result):
                 assert values.tolist() == [column * groups // columns for column in range(columns)]
             elif kind == "g_idx":
                 assert sorted(values) == sorted(column * groups // columns for column in range(columns))
             elif kind == "scales":
-                assert (values >= np.float16(2**-14)).all()
+                assert (np.abs(values) >= np.float16(2**-14)).all()
+                assert (values < 0).any() == result.quantization.get("signed_scales", False)
             elif kind == "qzeros" and result.quantization.get("sym", True):
                 assert (unpack(values.T, bits) == 2 ** (bits - 1) - (result.format == "gptq")).all()
         if f"{module}.bias" in source:
@@ -124,7 +134,8 @@ def test_configs(result: Result) -> None:
     assert config == json.loads((result.model / "config.json").read_text())
     assert quantization == result.json("quantize_config.json")
     asked = {"sym": True, "desc_act": False} | result.quantization
-    expected = {key: asked[key] for key in ("bits", "group_size", "sym", "desc_act")} | {
+    expected = {key: asked[key] for key in ("bits", "group_size", "sym")} | {
+        "desc_act": any_order(result),
         "lm_head": False,
         "quant_method": "gptq",
         "checkpoint_format": result.format,
@@ -134,6 +145,9 @@ def test_configs(result: Result) -> None:
     assert {key: quantization.get(key) for key in expected} == expected
     assert quantization["meta"]["damp_percent"] == asked.get("damp_percent", 0.05)
     assert quantization["meta"]["true_sequential"] == asked.get("true_sequential", True)
+    for key in ("act_group_aware", "static_groups", "signed_scales"):
+        assert quantization["meta"][key] == asked.get(key, False)
+    assert quantization["meta"]["scale_search"] == asked.get("scale_search", "minmax")
     assert re.fullmatch(r"quantmill:\d+\.\d+\.\d+\S*", quantization["meta"]["quantizer"][0])
 
 

@@ -67,11 +67,17 @@ def random_job(choose: random.Random, family: str, directory: Path) -> tuple[Pat
     if family == "Llama":
         model["mlp_bias"] = choose.choice([True, False])
     sym = choose.choice([True, False])
+    order = choose.choice(["natural", "desc_act", "act_group_aware"])
     quantization = {
         "bits": choose.choice([2, 3, 4, 8]),
         "group_size": choose.choice([-1, 16, 32, 64, 128]),
         "sym": sym,
-        "desc_act": choose.choice([True, False]),
+        "desc_act": order == "desc_act",
+        "act_group_aware": order == "act_group_aware",
+        "static_groups": choose.choice([True, False]),
+        "scale_search": choose.choice(["minmax", "mse", "hessian"]),
+        "signed_scales": sym and choose.choice([True, False]),
+        "scale_rounding": choose.choice(["auto", "fp16", "bf16"]),
         "true_sequential": choose.choice([True, False]),
         "error_propagation_alpha": choose.choice([0, 0.5]),
     }

@@ -20,6 +20,7 @@ from conftest import (
 )
 from gptqmodel import BACKEND, GPTQModel
 from perplexity import load
+from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM
 
 SCHEMES = [(bits, format, True) for bits in (2, 3, 4, 8) for format in ("gptq", "gptq_v2")]
@@ -38,10 +39,10 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def quantize(quantmill: Callable[..., Any], model: Path, tmp_path: Path) -> Quantize:
     """Quantizes the tiny model in groups of 64 and returns the checkpoint directory."""
 
-    def run(bits: int, format: str, sym: bool = True) -> Path:
+    def run(bits: int, format: str, sym: bool = True, **options: Any) -> Path:
         output = tmp_path / "out"
         store = write_store(tmp_path / "calib.h5", random_sequences(16, 128, seed=1), model)
-        scheme = {"bits": bits, "group_size": 64, "sym": sym}
+        scheme = {"bits": bits, "group_size": 64, "sym": sym} | options
         quantmill("run", write_job(tmp_path / "job.yaml", model, store, output, scheme, format=format), ranks=1)
         return output
 
@@ -59,6 +60,37 @@ def test_gptqmodel_computes_what_we_compute(
     quantmill: Callable[..., Any], quantize: Quantize, tmp_path: Path, bits: int, format: str, sym: bool
 ) -> None:
     output = quantize(bits, format, sym)
+    sequences = random_sequences(3, 100, seed=2)
+    store = write_store(tmp_path / "tokens.h5", sequences, output)
+    ours = our_logits(quantmill, output, store, tmp_path / "logits.safetensors")
+    assert relative_error(their_logits(loaded_by_gptqmodel(output), sequences), ours) <= 1e-2
+    assert relative_error(their_logits(load(output), sequences), ours) <= 1e-4  # the independent reader
+
+
+SIGNED = {"scale_search": "hessian", "signed_scales": True}
+OPTIONS: dict[str, tuple[int, str, dict[str, Any]]] = {
+    "desc_act": (4, "gptq", {"desc_act": True}),
+    "desc_act with static groups": (4, "gptq", {"desc_act": True, "static_groups": True}),
+    "group-aware": (4, "gptq", {"act_group_aware": True}),
+    "group-aware, asymmetric, mse": (2, "gptq_v2", {"act_group_aware": True, "sym": False, "scale_search": "mse"}),
+    "signed scales, 4 bits": (4, "gptq", SIGNED | {"scale_rounding": "bf16"}),
+    "signed scales, 3 bits": (3, "gptq", SIGNED | {"act_group_aware": True}),
+    "signed scales, 2 bits": (2, "gptq_v2", SIGNED | {"desc_act": True}),
+    "signed scales, 8 bits": (8, "gptq", SIGNED | {"static_groups": True}),
+}
+
+
+@pytest.mark.parametrize("case", OPTIONS)
+def test_gptqmodel_takes_every_order_and_negative_scales(
+    quantmill: Callable[..., Any], quantize: Quantize, tmp_path: Path, case: str
+) -> None:
+    bits, format, options = OPTIONS[case]
+    output = quantize(bits, format, **options)
+    config = json.loads((output / "quantize_config.json").read_text())
+    assert config["desc_act"] == (options.get("desc_act", False) and not options.get("static_groups", False))
+    scales = [load_file(file) for file in output.glob("*.safetensors")]
+    negative = any((tensor < 0).any() for file in scales for name, tensor in file.items() if name.endswith(".scales"))
+    assert negative == options.get("signed_scales", False)
     sequences = random_sequences(3, 100, seed=2)
     store = write_store(tmp_path / "tokens.h5", sequences, output)
     ours = our_logits(quantmill, output, store, tmp_path / "logits.safetensors")

@@ -112,8 +112,21 @@ TEST(QuantizationConfig, SaysWhatLoadersRead) {
         json::parse(R"({"bits": 3, "group_size": -1, "desc_act": true, "sym": false, "lm_head": false,
         "quant_method": "gptq", "method": "gptq", "checkpoint_format": "gptq_v2", "format": "gptq_v2", "pack_dtype": "int32",
         "dynamic": null, "meta": {"quantizer": ["quantmill:1.2.3"], "damp_percent": 0.07, "damp_auto_increment": 0.02,
-        "true_sequential": false}})");
+        "true_sequential": false, "act_group_aware": false, "static_groups": false, "mse": 0.0, "scale_search": "minmax",
+        "signed_scales": false, "scale_rounding": "fp16"}})");
     EXPECT_EQ(json(to_json(config)), expected);
+    QuantizationConfig searched = config;
+    searched.static_groups = searched.signed_scales = searched.act_group_aware = true;
+    searched.scale_search = "mse";
+    searched.scale_rounding = "bf16";
+    const json told = to_json(searched);
+    EXPECT_EQ(told.at("desc_act"), false) << "g_idx stays sorted";
+    EXPECT_EQ(told.at("meta").at("mse"), 2.4);
+    EXPECT_EQ(told.at("meta").at("scale_search"), "mse");
+    EXPECT_EQ(told.at("meta").at("scale_rounding"), "bf16");
+    for (const char* key : {"act_group_aware", "static_groups", "signed_scales"}) {
+        EXPECT_EQ(told.at("meta").at(key), true) << key;
+    }
     QuantizationConfig propagating = config;
     propagating.error_propagation_alpha = 0.5;
     EXPECT_EQ(json(to_json(propagating)).at("meta").at("error_propagation_alpha"), 0.5);
