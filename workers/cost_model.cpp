@@ -2,6 +2,8 @@
 
 #include <numeric>
 
+#include "kernels/grid.h"
+
 namespace quantmill {
 namespace {
 
@@ -12,9 +14,11 @@ struct Shares {
     double forward, attention, hessian, factor, solve;
     double disk, link, network;
     double seconds_per_column;
+    double squared_trial, power_trial;
 };
-constexpr Shares kCpuShares{1.0, 0.4, 1.0, 0.5, 0.4, 5e8, 3e9, 1e9, 0.0};
-constexpr Shares kCudaShares{0.96, 0.37, 0.77, 0.226, 0.19, 5e9, 2e11, 4e10, 7.7e-7};
+constexpr Shares kCpuShares{1.0, 0.4, 1.0, 0.5, 0.4, 5e8, 3e9, 1e9, 0.0, 12.0, 60.0};
+// The trials' from their instructions, not yet from a clock.
+constexpr Shares kCudaShares{0.96, 0.37, 0.77, 0.226, 0.19, 5e9, 2e11, 4e10, 7.7e-7, 33.0, 93.0};
 
 }  // namespace
 
@@ -23,7 +27,7 @@ std::vector<StageWork> stage_work(const ModelGraph& graph, double length) {
     for (const Stage& stage : graph.stages) {
         const auto n = static_cast<double>(stage.group.columns());
         const auto rows = static_cast<double>(stage.group.rows());
-        StageWork of_stage{2.0 * rows * n, 0.0, n * n, n * n * n / 3.0, rows * n * n, n};
+        StageWork of_stage{2.0 * rows * n, 0.0, n * n, n * n * n / 3.0, rows * n * n, n, rows * n};
         if (stage.input == StageInput::attention) {
             const Attention& attention = graph.attention;
             of_stage.attention = 2.0 * length * static_cast<double>(attention.heads * attention.head_dim);
@@ -43,7 +47,15 @@ Rates rates_of(const std::string& backend, double products) {
             shares.disk,
             shares.link,
             shares.network,
-            shares.seconds_per_column};
+            shares.seconds_per_column,
+            shares.squared_trial,
+            shares.power_trial};
+}
+
+double search_work(const QuantizationGrid& grid, const Rates& rates) {
+    if (grid.search == ScaleSearch::minmax) return 0.0;
+    const double trials = shrinks_of(grid.search).count * (tries_twins(grid) ? 2.0 : 1.0);
+    return trials * (grid.search == ScaleSearch::mse ? rates.power_trial : rates.squared_trial);
 }
 
 Rates usual_rates(const std::string& backend) { return rates_of(backend, backend == "cuda" ? 7e14 : 2e11); }
@@ -51,13 +63,14 @@ Rates usual_rates(const std::string& backend) { return rates_of(backend, backend
 double BlockCost::factors() const { return std::accumulate(factor.begin(), factor.end(), 0.0); }
 double BlockCost::solves() const { return std::accumulate(solve.begin(), solve.end(), 0.0); }
 
-BlockCost block_cost(const ModelGraph& graph, const Rates& rates, double tokens, double length) {
+BlockCost block_cost(const ModelGraph& graph, const Rates& rates, double tokens, double length,
+                     double search) {
     BlockCost cost;
     for (const StageWork& work : stage_work(graph, length)) {
         cost.stream += tokens * (work.forward / rates.forward + work.attention / rates.attention +
                                  work.hessian / rates.hessian);
         cost.factor.push_back(rates.factor_seconds(work));
-        cost.solve.push_back(work.solve / rates.solve);
+        cost.solve.push_back((work.solve + search * work.weights) / rates.solve);
     }
     return cost;
 }

@@ -4,6 +4,7 @@
 #include <string>
 #include <vector>
 
+#include "kernels/backend.h"
 #include "pipeline/model_graph.h"
 
 namespace quantmill {
@@ -16,6 +17,7 @@ struct StageWork {
     double factor = 0.0;
     double solve = 0.0;
     double columns = 0.0;  // of the factor, which follow each other
+    double weights = 0.0;
 };
 // What error propagation makes of a stage's `hessian` and `solve`: (X − X̃)ᵀX̃ has no symmetry to save by, and
 // rows meet three more matrices of half or all n².
@@ -31,11 +33,15 @@ struct Rates {
     double link = 0.0;                // of a rank, to ranks of its host
     double network = 0.0;             // of a rank, to ranks of other hosts
     double seconds_per_column = 0.0;  // of a factor, beside its operations
+    // Operations of a solve that trying one scale takes for one weight, its error squared or to a power.
+    double squared_trial = 0.0, power_trial = 0.0;
 
     double factor_seconds(const StageWork& work) const {
         return work.factor / factor + work.columns * seconds_per_column;
     }
 };
+// Operations of a solve that the search for scales takes for each weight.
+double search_work(const QuantizationGrid& grid, const Rates& rates);
 // Rates of a rank of backend `backend` whose matrix products reach `products` operations a second.
 Rates rates_of(const std::string& backend, double products);
 // Those that such a rank usually has: who does what is chosen by them, and not by what was measured, so that
@@ -49,6 +55,8 @@ struct BlockCost {
     double factors() const;
     double solves() const;
 };
-BlockCost block_cost(const ModelGraph& graph, const Rates& rates, double tokens, double length);
+// `search`: search_work.
+BlockCost block_cost(const ModelGraph& graph, const Rates& rates, double tokens, double length,
+                     double search = 0.0);
 
 }  // namespace quantmill

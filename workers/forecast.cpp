@@ -57,7 +57,9 @@ BlockTime block_time(const PlannedWork& work, const World& world, const Rates& r
         time.hessian +=
             (error_propagation ? kPropagatedHessian : 1.0) * tokens * stage.hessian / rates.hessian;
         factors.push_back(rates.factor_seconds(stage));
-        time.solve += (error_propagation ? kPropagatedSolve : 1.0) * stage.solve / rates.solve / row_ranks;
+        const double solve = (error_propagation ? kPropagatedSolve : 1.0) * stage.solve +
+                             search_work(work.grid, rates) * stage.weights;
+        time.solve += solve / rates.solve / row_ranks;
     }
     time.factor = std::accumulate(factors.begin(), factors.end(), 0.0);
     if (!true_sequential) {
@@ -161,7 +163,8 @@ Forecast forecast_original(const PlannedWork& work, const World& world, const Ra
             share_text(slowest.solve_seconds, slowest.written), share_text(rest, slowest.written));
     }
     const BlockCost one =
-        block_cost(*work.graph, rates, 1.0, static_cast<double>(limits_of(work.shards).length));
+        block_cost(*work.graph, rates, 1.0, static_cast<double>(limits_of(work.shards).length),
+                   search_work(work.grid, rates));
     double hessian = 0.0;
     for (const StageWork& stage : stage_work(*work.graph, 0.0)) hessian += stage.hessian / rates.hessian;
     const double hessian_share = hessian / one.stream;

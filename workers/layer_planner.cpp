@@ -7,6 +7,7 @@
 #include "kernels/cpu/free_memory.h"
 #include "pipeline/hessian.h"
 #include "workers/calibration_batches.h"
+#include "workers/gptq_options.h"
 #include "workers/hidden_stream.h"
 
 namespace quantmill {
@@ -97,7 +98,8 @@ int blocks_that_fit(const PlannedWork& work, const World& world, const std::vect
 std::vector<double> block_costs(const PlannedWork& work, const Rates& rates) {
     const double tokens = static_cast<double>(tokens_of_shards(work.shards));
     const BlockCost cost =
-        block_cost(*work.graph, rates, tokens, static_cast<double>(limits_of(work.shards).length));
+        block_cost(*work.graph, rates, tokens, static_cast<double>(limits_of(work.shards).length),
+                   search_work(work.grid, rates));
     std::vector<double> costs(static_cast<std::size_t>(work.graph->blocks),
                               cost.stream + work.factors * cost.factors() + work.solves * cost.solves());
     const LinearGroup& last = work.graph->stages.back().group;
@@ -201,6 +203,7 @@ PlannedWork planned_work(std::span<const PreparedJob> outputs, const Backend& ba
     const PreparedJob& job = outputs.front();
     PlannedWork work;
     work.graph = &job.graph;
+    work.grid = gptq_options(job.spec.quantization, is_bf16(job)).grid;
     work.shards = job.shards;
     work.activation = backend.activation_dtype();
     work.stored_bytes =
@@ -230,7 +233,7 @@ std::vector<GroupTimeline> simulate(const PlannedWork& work, const World& world,
                                     const LayerPlan& plan) {
     const ModelGraph& graph = *work.graph;
     const auto length = static_cast<double>(limits_of(work.shards).length);
-    const BlockCost one_token = block_cost(graph, rates, 1.0, length);
+    const BlockCost one_token = block_cost(graph, rates, 1.0, length, search_work(work.grid, rates));
     const double block_bytes =
         static_cast<double>(graph.block_parameters()) * static_cast<double>(work.stored_bytes);
     const double write_share = work.written_bytes / graph.blocks;

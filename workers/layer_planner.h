@@ -38,6 +38,7 @@ struct PlannedWork {
     std::size_t stored_bytes = 2;                  // of a weight in the checkpoint
     double read_bytes = 0.0, written_bytes = 0.0;  // of all tensors
     double factors = 1.0, solves = 1.0;            // of each Hessian: several outputs need several
+    QuantizationGrid grid;                         // of the first output
 };
 // Of a job that writes these checkpoints.
 PlannedWork planned_work(std::span<const PreparedJob> outputs, const Backend& backend);

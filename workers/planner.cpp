@@ -40,9 +40,12 @@ PlannedModel describe_model(const PreparedJob& job) {
 PlannedQuantization describe_quantization(const PreparedJob& job) {
     const QuantizationSpec& spec = job.spec.quantization;
     PlannedQuantization quantization;
-    quantization.scheme =
-        fmt::format("{} bits, group_size {}, {}{}", spec.bits, spec.group_size,
-                    spec.sym ? "symmetric" : "asymmetric", spec.desc_act ? ", desc_act" : "");
+    quantization.scheme = fmt::format(
+        "{} bits, group_size {}, {}{}{}{}{}{}", spec.bits, spec.group_size,
+        spec.sym ? "symmetric" : "asymmetric", spec.desc_act ? ", desc_act" : "",
+        spec.act_group_aware ? ", act_group_aware" : "", spec.static_groups ? ", static_groups" : "",
+        spec.scale_search == "minmax" ? "" : fmt::format(", {} search of scales", spec.scale_search),
+        spec.signed_scales ? ", signed scales" : "");
     for (const Stage& stage : job.graph.stages) {
         PlannedGroup group{stage.group.name, {}, stage.group.rows(), stage.group.columns()};
         for (const Linear& linear : stage.group.linears) group.linears.push_back(last_part(linear.name));
@@ -84,10 +87,12 @@ StageMemory memory_of_stage(const PreparedJob& job, const Backend& backend, cons
     const std::int64_t columns = group.columns();
     const QuantizationGrid grid = grid_for({spec.bits, spec.group_size, spec.sym}, columns);
     const std::uint64_t mine = static_cast<std::uint64_t>(rows * columns) * sizeof(float);
+    const bool ordered = spec.desc_act || spec.act_group_aware;
+    // Weights, codes, scales and zeros in the order of the walk.
     const std::uint64_t order =
-        spec.desc_act ? mine + mine / sizeof(float) : 0;  // weights and codes in act order
-    const std::uint64_t natural =
-        spec.desc_act ? static_cast<std::uint64_t>(columns * columns) * sizeof(float) : 0;
+        ordered ? mine + mine / sizeof(float) + static_cast<std::uint64_t>(3 * rows * grid.groups(columns))
+                : 0;
+    const std::uint64_t natural = ordered ? static_cast<std::uint64_t>(columns * columns) * sizeof(float) : 0;
     const auto codes = static_cast<std::uint64_t>(group.rows() * (columns + 3 * grid.groups(columns)));
     std::uint64_t solve = mine + codes + std::max(order + backend.solve_workspace(rows, columns, grid), mine);
     StageMemory memory{.hessian = HessianAccumulator::bytes(columns)};

@@ -70,6 +70,22 @@ TEST(CostModel, GivesTheTimesOfMeasuredBlocks) {
     }
 }
 
+TEST_F(ForecastTest, ASearchForScalesCostsItsTrials) {
+    rates_.squared_trial = 10.0;
+    rates_.power_trial = 50.0;
+    const World alone = world(1);
+    const auto solve = [&](const QuantizationGrid& grid) {
+        work_.grid = grid;
+        return forecast_quantized(work_, alone, rates_, row_groups(alone, 1), true, false).time.solve;
+    };
+    const double weights = 12.0 * static_cast<double>(graph_.block_parameters());
+    const double plain = solve({4, 64, true});
+    EXPECT_NEAR(solve({4, 64, true, ScaleSearch::hessian}) - plain, weights * 33 * 10 / 1e9, 1e-9);
+    EXPECT_NEAR(solve({4, 64, true, ScaleSearch::hessian, true}) - plain, weights * 66 * 10 / 1e9, 1e-9);
+    EXPECT_NEAR(solve({4, 64, false, ScaleSearch::mse}) - plain, weights * 80 * 50 / 1e9, 1e-9);
+    EXPECT_NEAR(solve({2, 64, false, ScaleSearch::mse}) - plain, weights * 160 * 50 / 1e9, 1e-9);
+}
+
 TEST_F(ForecastTest, FurtherCheckpointsCostASolveAndAWrite) {
     const LayerPlan layers = plan_layers(work_, world(4), rates_, 2);
     const double one = forecast_original(work_, world(4), rates_, layers).layers.seconds;
