@@ -111,7 +111,7 @@ def test_error_propagation(quantmill: Run, tmp_path: Path) -> None:
     model = make_checkpoint(tmp_path / "model", "Llama", seed=5, num_hidden_layers=2)
     store = write_store(tmp_path / "calib.h5", random_sequences(13, 90, seed=5, vocabulary=256), model, vocabulary=256)
     for options in ({}, {"desc_act": True}, {"true_sequential": False}):
-        quantization = {"bits": 3, "group_size": 32, **options}
+        quantization = {"preset": "plain", "bits": 3, "group_size": 32, **options}
         job = write_job(tmp_path / "job.yaml", model, store, tmp_path / "out", quantization, allow_unservable=True)
         alpha = ("--set", "quantization.error_propagation_alpha=0.5")
         off = quantize(quantmill, job, tmp_path / "off", 1, 1, "--overwrite")
@@ -150,7 +150,7 @@ def test_no_error_propagates_nothing(quantmill: Run, tmp_path: Path) -> None:
     write_weights(model, tensors, 1)
     store = write_store(tmp_path / "calib.h5", random_sequences(9, 90, seed=6, vocabulary=256), model, vocabulary=256)
     for true_sequential, activations in [(True, "stream"), (True, "recompute"), (False, "auto")]:
-        quantization = {"bits": 4, "group_size": 32, "sym": False, "true_sequential": true_sequential}
+        quantization = {"preset": "plain", "bits": 4, "group_size": 32, "sym": False, "true_sequential": true_sequential}
         job = write_job(tmp_path / "job.yaml", model, store, tmp_path / "out", quantization, format="gptq_v2")
         words = ("--overwrite", "--set", f"compute.activations={activations}", "--set")
         weights = []
