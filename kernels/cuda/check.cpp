@@ -35,7 +35,9 @@ void check(cudaError_t status, const char* call, std::initializer_list<Argument>
 }
 
 void check(cublasStatus_t status, const char* call, std::initializer_list<Argument> arguments) {
-    if (status != CUBLAS_STATUS_SUCCESS) fail(call, arguments, cublasLtGetStatusString(status));
+    if (status != CUBLAS_STATUS_SUCCESS)
+        fail(call, arguments,
+             fmt::format("{} ({})", cublasLtGetStatusName(status), cublasLtGetStatusString(status)));
 }
 
 void check_launch(const char* kernel, dim3 grid, dim3 block) {

@@ -174,8 +174,8 @@ private:
 }  // namespace
 
 // The difference of two bf16 numbers is rounded to bf16 again, so that one product does. Both numbers came
-// out of a rounding that may have moved them by 2⁻⁹ of themselves; the new one moves their difference by at
-// most 2⁻⁹ of it, which is no more than what the two did, |x − x̃| <= |x| + |x̃|. And it is exact wherever the
+// out of a rounding that may have moved them by 2⁻⁸ of themselves; the new one moves their difference by at
+// most 2⁻⁸ of it, which is no more than what the two did, |x − x̃| <= |x| + |x̃|. And it is exact wherever the
 // difference has at most 256 units of the smaller number's last place, as where one of two close numbers is
 // in the binade of the other. X̃ is exact, products of bf16 are exact in fp32, so the sums are as good as a
 // Hessian's. Subtracting two finished products XᵀX̃ − X̃ᵀX̃ instead would cancel the leading digits of fp32.

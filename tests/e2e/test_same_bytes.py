@@ -10,8 +10,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
-from conftest import FAMILIES, INDEX, make_checkpoint
+from conftest import FAMILIES, INDEX, encode, make_checkpoint, read_tensors, write_weights
 from program import DEMO, Run, need, random_sequences, write_job, write_store
 
 SECONDS = 30  # for random models
@@ -116,14 +117,20 @@ def test_error_propagation(quantmill: Run, tmp_path: Path) -> None:
     model = make_checkpoint(tmp_path / "model", "Llama", seed=5, num_hidden_layers=2)
     store = write_store(tmp_path / "calib.h5", random_sequences(13, 90, seed=5, vocabulary=256), model, vocabulary=256)
     for options in ({}, {"desc_act": True}, {"true_sequential": False}):
-        quantization = {"bits": 3, "group_size": 32, **options}
+        quantization = {"preset": "plain", "bits": 3, "group_size": 32, **options}
         job = write_job(tmp_path / "job.yaml", model, store, tmp_path / "out", quantization, allow_unservable=True)
         alpha = ("--set", "quantization.error_propagation_alpha=0.5")
         off = quantize(quantmill, job, tmp_path / "off", 1, 1, "--overwrite")
         zero = ("--set", "quantization.error_propagation_alpha=0", "--overwrite")
         assert quantize(quantmill, job, tmp_path / "off", 1, 1, *zero) == off
         expected = quantize(quantmill, job, tmp_path / "on", 1, 1, *alpha, "--overwrite")
-        assert expected != off
+        # Every linear behind a quantized one takes part, and no other.
+        before, after = read_tensors(tmp_path / "off"), read_tensors(tmp_path / "on")
+        codes = [name for name in before if name.endswith(".qweight")]
+        changed = {name for name in codes if not np.array_equal(before[name][1], after[name][1])}
+        whole_block = options == {"true_sequential": False}
+        first = [name for name in codes if ".layers.0." in name and (whole_block or ".self_attn.o_proj" not in name and "self_attn" in name)]
+        assert changed == set(codes) - set(first), f"{options}: {sorted(changed)}"
         for ranks, threads, activations in [(1, 2, "recompute"), (2, 1, "stream"), (3, 2, "recompute"), (4, 1, "auto")]:
             words = (*alpha, "--overwrite", "--set", f"compute.activations={activations}")
             got = quantize(quantmill, job, tmp_path / "spread", ranks, threads, *words)
@@ -134,3 +141,27 @@ def test_error_propagation(quantmill: Run, tmp_path: Path) -> None:
         assert config["meta"]["error_propagation_alpha"] == 0.5
         assert "error_propagation_alpha" in (tmp_path / "on" / "README.md").read_text()
         assert "error_propagation_alpha" not in (tmp_path / "off" / "quantize_config.json").read_text()
+
+
+def test_no_error_propagates_nothing(quantmill: Run, tmp_path: Path) -> None:
+    """Weights on the grid lose nothing, so both paths must hold the same activations at every stage."""
+    model = make_checkpoint(tmp_path / "model", "Llama", seed=6, num_hidden_layers=3)
+    tensors = read_tensors(model)
+    rng = np.random.default_rng(6)
+    for name, (dtype, values) in tensors.items():
+        if name.endswith("_proj.weight"):
+            codes = rng.integers(-8, 8, values.shape)
+            codes[:, ::32], codes[:, 1::32] = -8, 7  # each group has the whole range
+            tensors[name] = encode(codes * 2.0**-6, dtype)
+    write_weights(model, tensors, 1)
+    store = write_store(tmp_path / "calib.h5", random_sequences(9, 90, seed=6, vocabulary=256), model, vocabulary=256)
+    for true_sequential, activations in [(True, "stream"), (True, "recompute"), (False, "auto")]:
+        quantization = {"preset": "plain", "bits": 4, "group_size": 32, "sym": False, "true_sequential": true_sequential}
+        job = write_job(tmp_path / "job.yaml", model, store, tmp_path / "out", quantization, format="gptq_v2")
+        words = ("--overwrite", "--set", f"compute.activations={activations}", "--set")
+        weights = []
+        for alpha in (0, 1):
+            output = tmp_path / str(alpha)
+            quantize(quantmill, job, output, 1, 1, *words, f"quantization.error_propagation_alpha={alpha}")
+            weights.append([hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(output.glob("*.safetensors"))])
+        assert weights[0] == weights[1], f"{true_sequential=}, {activations}"
