@@ -106,7 +106,7 @@ TEST_F(Cli, MistakesEndWithTwoAndNameTheRemedy) {
         {{"run", "a.yaml", "--log-level", "loud"}, "loud"},
         {{"plan", "a.yaml", "--overwite"}, "--overwite"},
         {{"eval", "--model", "m"}, "--tokens STORE.h5 or --text FILE is required"},
-        {{"eval", "--model", "m", "--tokens", "t", "--text", "x"}, "--text excludes --tokens"},
+        {{"eval", "--model", "m", "--tokens", "t", "--text", "x"}, "--tokens excludes --text"},
         {{"compare", "a.json"}, "b is required"},
         {{"eval", "--model", "m", "--tokens", "t", "--sequences", "0"}, "--sequences"},
         {{"eval", "--model", "m", "--tokens", "t", "--sequence-length", "ten"}, "--sequence-length"},
