@@ -21,6 +21,7 @@ struct GptqOptions {
     bool refit = false;            // of scales, after the solve and each sweep
     int sweeps = 0;                // of coordinate descent over codes
     double error_propagation_alpha = 0.0;  // 0: none
+    friend bool operator==(const GptqOptions&, const GptqOptions&) = default;
 };
 
 // What the factorization found and did; all of it goes to the report.

@@ -23,12 +23,14 @@ struct QuantizationConfig {
     bool static_groups = false;
     std::string scale_search = "minmax";
     bool signed_scales = false;
-    std::string scale_rounding = "fp16";  // fp16 or bf16
+    std::string scale_rounding = "fp16";                           // fp16 or bf16
+    bool lm_head = false;                                          // it is quantized too
+    nlohmann::ordered_json dynamic, modules_in_block_to_quantize;  // of quantization_scheme.h; null: absent
 };
 
 nlohmann::ordered_json to_json(const QuantizationConfig& config);
 
-// config.json of the source with the quantization_config added.
+// config.json of the source with the quantization_config added; a quantized lm_head is not the embedding.
 nlohmann::ordered_json quantized_config(const nlohmann::ordered_json& source,
                                         const QuantizationConfig& config);
 

@@ -11,13 +11,20 @@
 namespace quantmill {
 namespace {
 
-std::string scale_rounding(const PreparedJob& job) {
-    return gptq_options(job.spec.quantization, is_bf16(job)).grid.bf16_scales ? "bf16" : "fp16";
+// Whether any linear has scales that may be negative.
+bool signs_scales(const PreparedJob& job) {
+    bool any = false;
+    for_each_quantized(job.graph, job.scheme,
+                       [&](int, std::size_t, const LinearGroup&, const GptqOptions& options) {
+                           any = any || options.grid.signed_scales;
+                       });
+    return any;
 }
 
 QuantizationConfig config_of(const PreparedJob& job) {
     const QuantizationSpec& q = job.spec.quantization;
-    return {.bits = q.bits,
+    const GptqOptions& usual = job.scheme.usual();
+    return {.bits = usual.grid.bits,
             .group_size = q.group_size,
             .sym = q.sym,
             .desc_act = q.desc_act,
@@ -30,8 +37,11 @@ QuantizationConfig config_of(const PreparedJob& job) {
             .act_group_aware = q.act_group_aware,
             .static_groups = q.static_groups,
             .scale_search = q.scale_search,
-            .signed_scales = q.signed_scales,
-            .scale_rounding = scale_rounding(job)};
+            .signed_scales = signs_scales(job),
+            .scale_rounding = usual.grid.bf16_scales ? "bf16" : "fp16",
+            .lm_head = job.scheme.quantizes_head(),
+            .dynamic = dynamic_of(job.graph, job.scheme),
+            .modules_in_block_to_quantize = modules_in_block_of(job.graph, job.scheme)};
 }
 
 std::string yes_no(bool value) { return value ? "true" : "false"; }

@@ -71,24 +71,27 @@ void agree_on_levels(Control& control, std::vector<ReducedHessian>& hessians) {
     }
 }
 
-GroupSolver::GroupSolver(Backend& backend, const ModelGraph& graph, const GptqOptions& options,
+GroupSolver::GroupSolver(Backend& backend, const ModelGraph& graph, const QuantizationScheme& scheme,
                          std::int64_t tokens)
-    : backend_(backend), graph_(graph), options_(options), tokens_(tokens) {}
+    : backend_(backend), graph_(graph), scheme_(scheme), tokens_(tokens) {}
 
-std::string GroupSolver::module(int block, std::size_t stage) const {
-    return graph_.in_block(block, graph_.stages[stage].group.linears.front().name);
+const LinearGroup& GroupSolver::group_at(int block, std::size_t stage) const {
+    return graph_.stages_of(block)[stage].group;
 }
 
-GptqOptions GroupSolver::options_for(const LinearGroup& group) const {
-    GptqOptions options = options_;
-    options.grid = grid_for(options.grid, group.columns());
+std::string GroupSolver::module(int block, std::size_t stage) const {
+    return graph_.in_block(block, group_at(block, stage).linears.front().name);
+}
+
+GptqOptions GroupSolver::options_at(int block, std::size_t stage) const {
+    GptqOptions options = scheme_.options_at(block, stage).value();
+    options.grid = grid_for(options.grid, group_at(block, stage).columns());
     return options;
 }
 
 FactorOutcome GroupSolver::factor(int block, std::size_t stage, ReducedHessian& hessian) const {
     return factor_hessian(backend_, hessian.accumulator.sum(), hessian.exponents, tokens_,
-                          options_for(graph_.stages[stage].group), module(block, stage),
-                          hessian.accumulator.workspace());
+                          options_at(block, stage), module(block, stage), hessian.accumulator.workspace());
 }
 
 FactorOutcome GroupSolver::share(const Team& team, int owner, const FactorOutcome& outcome,
@@ -98,10 +101,10 @@ FactorOutcome GroupSolver::share(const Team& team, int owner, const FactorOutcom
     return shared;
 }
 
-Tensor GroupSolver::share_damped(const Team& team, int owner, std::size_t stage, const FactorOutcome& outcome,
-                                 ReducedHessian* hessian) const {
-    const LinearGroup& group = graph_.stages[stage].group;
-    if (!refines(outcome, options_for(group))) return {};
+Tensor GroupSolver::share_damped(const Team& team, int owner, int block, std::size_t stage,
+                                 const FactorOutcome& outcome, ReducedHessian* hessian) const {
+    const LinearGroup& group = group_at(block, stage);
+    if (!refines(outcome, options_at(block, stage))) return {};
     Tensor damped = backend_.empty({group.columns(), group.columns()}, DType::f32, "damped Hessian");
     if (team.control.rank() == owner) {
         damped_hessian(backend_, hessian->accumulator.sum(), hessian->exponents, tokens_, outcome, damped);
@@ -114,12 +117,12 @@ void GroupSolver::finish(CrossAccumulator& cross, const FixedPointExponents& exp
     cross.finish(exponents, 2.0 / static_cast<double>(tokens_));
 }
 
-QuantizedGroup GroupSolver::solve(const Team& team, std::size_t stage,
+QuantizedGroup GroupSolver::solve(const Team& team, int block, std::size_t stage,
                                   const std::vector<LinearWeights>& weights, ConstTensorView factor,
                                   const FactorOutcome& outcome, ConstTensorView cross,
                                   ConstTensorView damped) const {
-    const LinearGroup& group = graph_.stages[stage].group;
-    const GptqOptions options = options_for(group);
+    const LinearGroup& group = group_at(block, stage);
+    const GptqOptions options = options_at(block, stage);
     QuantizedLinear quantized(backend_, group.rows(), group.columns(), options.grid);
     quantized.g_idx = group_index(outcome, options, group.columns());
 

@@ -9,7 +9,7 @@ namespace {
 
 // "model.layers.3.self_attn.q_proj": what messages call a Hessian.
 std::string module_of(const ModelGraph& graph, int block, std::size_t stage) {
-    return graph.in_block(block, graph.stages[stage].group.linears.front().name);
+    return graph.in_block(block, graph.stages_of(block)[stage].group.linears.front().name);
 }
 
 }  // namespace
@@ -25,6 +25,7 @@ HessianStream::HessianStream(Backend& backend, const ModelGraph& graph, const La
       sequences_(sequences),
       group_(plan.group_of(rank)),
       sweeps_(plan.sweeps.size()),
+      last_block_(plan.sweeps.back().back().end - 1),
       job_shards_(static_cast<std::int64_t>(shards.size())),
       hidden_(backend, graph.hidden_size, plan, rank, links, shards),
       forward_(backend, graph, limits_of(shards).tokens, limits_of(shards).length),
@@ -61,7 +62,7 @@ void HessianStream::prepare(std::vector<HeldBlock>& held) const {
                 backend_.convert(linear.stored, linear.forward);
             }
         }
-        for (const Stage& stage : graph_.stages) {
+        for (const Stage& stage : graph_.stages_of(block.block)) {
             block.hessians.push_back({HessianAccumulator(backend_, stage.group.columns(), job_shards_), {}});
         }
     }
@@ -82,15 +83,16 @@ void HessianStream::compute(const StreamItem& item, TensorView hidden, std::vect
 }
 
 void HessianStream::run_block(HeldBlock& held, const BatchState& state) {
-    for (std::size_t stage = 0; stage < graph_.stages.size(); ++stage) {
+    const std::vector<Stage>& stages = graph_.stages_of(held.block);
+    for (std::size_t stage = 0; stage < stages.size(); ++stage) {
         StageSeconds& seconds = held.seconds[stage];
         Stopwatch watch;
-        const TensorView input = forward_.stage_input(graph_.stages[stage], held.weights, state);
+        const TensorView input = forward_.stage_input(stages[stage], held.weights, state);
         seconds.forward += watch.restart();
         held.hessians[stage].accumulator.add(input);
         seconds.hessian += watch.restart();
         // Nobody reads what the model's last linears put out.
-        const bool last = held.block + 1 == graph_.blocks && stage + 1 == graph_.stages.size();
+        const bool last = held.block == last_block_ && stage + 1 == stages.size();
         if (!last) forward_.run_stage(stage, input, held.weights, state);
         seconds.forward += watch.seconds();
     }
@@ -121,7 +123,7 @@ void HessianStream::agree_on_exponents(std::vector<HeldBlock>& held) {
     all = from_message<std::int32_t>(control.broadcast(as_message(all), 0));
     auto next = all.begin();
     for_each_hessian(held, [&](HeldBlock& block, std::size_t stage) {
-        const auto end = next + graph_.stages[stage].group.columns();
+        const auto end = next + graph_.stages_of(block.block)[stage].group.columns();
         block.hessians[stage].exponents.assign(next, end);
         next = end;
     });

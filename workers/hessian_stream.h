@@ -55,6 +55,7 @@ private:
     const std::vector<std::vector<std::int32_t>>& sequences_;
     int group_;
     std::size_t sweeps_;
+    int last_block_;  // lm_head, or the last block before it
     std::int64_t job_shards_;
     HiddenStream hidden_;
     BlockForward forward_;

@@ -23,7 +23,7 @@ std::string fallback_of(const FactorOutcome& outcome) {
 
 std::vector<LinearReport> report_group(const PreparedJob& job, int block, std::size_t stage,
                                        const QuantizedGroup& result, double io_seconds) {
-    const LinearGroup& group = job.graph.stages[stage].group;
+    const LinearGroup& group = job.graph.stages_of(block)[stage].group;
     std::vector<LinearReport> linears;
     for (std::size_t l = 0; l < group.linears.size(); ++l) {
         const Linear& linear = group.linears[l];
@@ -80,7 +80,7 @@ Report begin_report(const PreparedJob& job, Control& control, const Backend& bac
     return report;
 }
 
-std::vector<LinearReport> gather_linears(const ModelGraph& graph, Control& control,
+std::vector<LinearReport> gather_linears(const PreparedJob& job, Control& control,
                                          const std::vector<LinearReport>& own) {
     nlohmann::json mine = nlohmann::json::array();
     for (const LinearReport& l : own) {
@@ -98,13 +98,12 @@ std::vector<LinearReport> gather_linears(const ModelGraph& graph, Control& contr
         }
     }
     std::vector<LinearReport> ordered;
-    for (int block = 0; block < graph.blocks; ++block) {
-        for (const Stage& stage : graph.stages) {
-            for (const Linear& linear : stage.group.linears) {
-                ordered.push_back(found.at(graph.in_block(block, linear.name)));
-            }
-        }
-    }
+    for_each_quantized(job.graph, job.scheme,
+                       [&](int block, std::size_t, const LinearGroup& group, const GptqOptions&) {
+                           for (const Linear& linear : group.linears) {
+                               ordered.push_back(found.at(job.graph.in_block(block, linear.name)));
+                           }
+                       });
     return ordered;
 }
 
