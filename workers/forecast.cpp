@@ -170,7 +170,9 @@ Forecast forecast_original(const PlannedWork& work, const World& world, const Ra
         block_cost(*work.graph, rates, 1.0, static_cast<double>(limits_of(work.shards).length),
                    search_work(work.grid, rates));
     double hessian = 0.0;
-    for (const StageWork& stage : stage_work(*work.graph, 0.0)) hessian += stage.hessian / rates.hessian;
+    for (const StageWork& stage : stage_work(work.graph->stages, work.graph->attention, 0.0)) {
+        hessian += stage.hessian / rates.hessian;
+    }
     const double hessian_share = hessian / one.stream;
     const double factors = work.factors * one.factors();
     const double factor_share = factors / (factors + work.solves * one.solves());

@@ -46,9 +46,9 @@ std::string hessian_store_obstacle(const PreparedJob& job, Control& control) {
     std::string obstacle;
     if (control.rank() == 0) {
         try {
-            if (!spec.hessians.empty()) HessianStore(spec.hessians, job.graph, origin).require_complete();
+            if (!spec.hessians.empty()) HessianStore(spec.hessians, job.graph, origin, job.head).require_complete();
             if (!spec.save_hessians.empty()) {
-                HessianStore(spec.save_hessians, job.graph, origin).require_no_other();
+                HessianStore(spec.save_hessians, job.graph, origin, job.head).require_no_other();
             }
         } catch (const BadInput& error) {
             obstacle = error.what();

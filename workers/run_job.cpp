@@ -68,7 +68,7 @@ void add_hessian_stores(const PreparedJob& job, Control& control, Plan& plan) {
             fmt::format("Hessians come from {}: the model is not run", spec.hessians.string());
     }
     if (spec.save_hessians.empty()) return;
-    const std::uint64_t needed = HessianStore(spec.save_hessians, job.graph, {}).bytes();
+    const std::uint64_t needed = HessianStore(spec.save_hessians, job.graph, {}, job.head).bytes();
     const std::uint64_t free = free_disk(spec.save_hessians);
     plan.calibration.hessians =
         fmt::format("Hessians are kept in {}: {} of disk, {} free there", spec.save_hessians.string(),

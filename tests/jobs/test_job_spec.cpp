@@ -94,6 +94,10 @@ quantization:
   refit: true
   sweeps: 3
   error_propagation_alpha: 0
+  lm_head:
+    bits: 8
+    group_size: 64
+  overrides: none
 compute:
   backend: cuda
   communicator: mpi
@@ -134,6 +138,9 @@ TEST(JobSpec, EveryKeyReachesItsMember) {
     EXPECT_TRUE(spec.quantization.refit);
     EXPECT_EQ(spec.quantization.sweeps, 3);
     EXPECT_EQ(spec.quantization.error_propagation_alpha, 0.0);
+    EXPECT_EQ(spec.quantization.lm_head_bits, 8);
+    EXPECT_EQ(spec.quantization.lm_head_group_size, 64);
+    EXPECT_TRUE(spec.quantization.overrides.empty());
     EXPECT_TRUE(parse(minimal, {"quantization.signed_scales=true"}).quantization.signed_scales);
     EXPECT_EQ(
         parse(minimal, {"quantization.error_propagation_alpha=0.25"}).quantization.error_propagation_alpha,
@@ -145,8 +152,8 @@ TEST(JobSpec, EveryKeyReachesItsMember) {
     EXPECT_EQ(spec.compute.layer_groups, 3);
     EXPECT_EQ(spec.compute.stall_timeout, 90.0);
     EXPECT_EQ(spec.compute.device_memory, 24'000'000'000U);
-    EXPECT_EQ(std::ranges::count(complete, ':'), static_cast<int>(job_keys().size()) + 5)
-        << "a key is missing from this test (5 sections)";
+    EXPECT_EQ(std::ranges::count(complete, ':'), static_cast<int>(job_keys().size()) + 6)
+        << "a key is missing from this test (6 sections)";
 }
 
 TEST(JobSpec, WrongValuesNameFileLineKeyAndWhatIsAllowed) {
@@ -226,7 +233,7 @@ TEST(JobSpec, NamesOfOtherToolsAreTranslated) {
         {"damp", "quantization.damp_percent"},
         {"quantization.actorder", "quantization.desc_act"},
         {"act_order", "quantization.desc_act"},
-        {"ignore", "lm_head, embeddings and norms are always left alone"},
+        {"ignore", "quantization.overrides"},
         {"quantization.scheme", "quantization.bits, quantization.group_size and quantization.sym"},
         {"w_bit", "quantization.bits"},
         {"q_group_size", "quantization.group_size"},
@@ -234,7 +241,7 @@ TEST(JobSpec, NamesOfOtherToolsAreTranslated) {
         {"calibration.nsamples", "calibration.sequences"},
         {"max_seq_length", "calibration.sequence_length"},
         {"seqlen", "calibration.sequence_length"},
-        {"quantization.dynamic", "not in this version"},
+        {"quantization.dynamic", "quantization.overrides"},
         {"quantization.mse", "quantization.scale_search: mse"},
     };
     for (const auto& [key, advice] : cases) {
@@ -245,8 +252,8 @@ TEST(JobSpec, NamesOfOtherToolsAreTranslated) {
 }
 
 TEST(JobSpec, KeysOfLaterVersionsAreNotGuessedAt) {
-    for (const std::string key : {"quantization.target_bits", "target_bits", "quantization.overrides", "run",
-                                  "run.max_hours", "slurm.partition", "quantization.lm_head.bits"}) {
+    for (const std::string key :
+         {"quantization.target_bits", "target_bits", "run", "run.max_hours", "slurm.partition"}) {
         const auto message = override_error(key + "=1");
         EXPECT_NE(message.find("is not in this version"), std::string::npos) << message;
         EXPECT_EQ(message.find("did you mean"), std::string::npos) << message;
@@ -374,6 +381,69 @@ TEST(JobSpec, WhatOutputsMustBe) {
     expect(error_of("model: m\ncalibration: {tokens: t}\noutputs: none\n"), "output.directory is missing");
     expect(error_of("model: m\ncalibration: {tokens: t}\noutputs: 5\n"),
            "job.yaml:3: outputs: 5 is not allowed: a list");
+}
+
+TEST(JobSpec, RulesChangeWhatTheyName) {
+    const auto spec = parse(minimal +
+                            "quantization:\n  bits: 3\n  preset: balanced\n  overrides:\n"
+                            "    - match: '*.down_proj'\n      bits: 8\n      damp_percent: 0.1\n"
+                            "    - {match: 're:.*o_proj', desc_act: true}\n    - {match: '*', skip: true}\n");
+    const auto& rules = spec.quantization.overrides;
+    ASSERT_EQ(rules.size(), 3u);
+    EXPECT_EQ(rules[0].match, "*.down_proj");
+    EXPECT_EQ(rules[0].place, "/jobs/job.yaml:10");
+    EXPECT_EQ(rules[0].quantization.bits, 8);
+    EXPECT_EQ(rules[0].quantization.damp_percent, 0.1);
+    EXPECT_TRUE(rules[0].quantization.act_group_aware) << "the preset's, as for the job";
+    EXPECT_EQ(rules[1].quantization.bits, 3);
+    EXPECT_TRUE(rules[1].quantization.desc_act);
+    EXPECT_FALSE(rules[1].quantization.act_group_aware) << "which desc_act leaves no sense";
+    EXPECT_TRUE(rules[2].skip);
+    EXPECT_EQ(spec.quantization.bits, 3);
+    EXPECT_EQ(to_yaml(parse(to_yaml(spec))), to_yaml(spec));
+    EXPECT_NE(to_yaml(spec).find("damp_percent: 0.1"), std::string::npos);
+    EXPECT_TRUE(parse(minimal, {"quantization.overrides=none"}).quantization.overrides.empty());
+}
+
+TEST(JobSpec, WhatRulesMustBe) {
+    const auto error = [](const std::string& rules, const std::string& more = "") {
+        return error_of(minimal + "quantization:\n" + more + "  overrides:\n" + rules);
+    };
+    const auto expect = [](const std::string& message, const std::string& part) {
+        EXPECT_NE(message.find(part), std::string::npos) << message;
+    };
+    expect(error("    - {bits: 3}\n"), "job.yaml:8: quantization.overrides: a rule has no match");
+    expect(error("    - {match: x}\n"), "either skip: true, or keys to set: bits, group_size");
+    expect(error("    - {match: x, skip: true, bits: 3}\n"), "either skip: true, or keys to set");
+    expect(error("    - {match: x, bits: 5}\n"), "job.yaml:8: quantization.bits: 5 is not allowed");
+    expect(error("    - {match: x, bits: 3, bits: 4}\n"), "second time");
+    expect(error("    - {match: x, match: y, bits: 4}\n"), "second time");
+    expect(error("    - {match: x, propagate: original}\n"), "propagate: is not a key of a rule (match, skip, bits");
+    expect(error("    - {match: 're:(', bits: 3}\n"), "( is no regular expression");
+    expect(error("    - {match: '[', bits: 3}\n"), "[ is no glob");
+    expect(error("    - 7\n"), "job.yaml:8: quantization.overrides: a rule must hold keys");
+    expect(error("    match: x\n"), "must be a list");
+    expect(error("    - {match: x, sym: false}\n"), "job.yaml:8: quantization.overrides: sym: false needs");
+    expect(error("    - {match: x, sym: false}\n", "  signed_scales: true\n"), "quantization.signed_scales: needs");
+    expect(override_error("quantization.overrides=x"), "a list is written in the job file");
+    expect(override_error("quantization.lm_head.group_size=64"), "needs quantization.lm_head.bits");
+    expect(override_error("quantization.lm_head=8"), "is a section");
+}
+
+TEST(JobSpec, AnOutputHasTheRulesOfTheJobOrItsOwn) {
+    const auto spec = parse(
+        "model: m\ncalibration: {tokens: t}\nquantization:\n  propagate: original\n  overrides:\n"
+        "    - {match: '*.o_proj', bits: 8}\noutputs:\n  - directory: a\n    quantization: {group_size: 32}\n"
+        "  - directory: b\n    quantization:\n      overrides:\n        - {match: x, skip: true}\n"
+        "  - directory: c\n    quantization: {overrides: none}\n");
+    const auto rules = [&](std::size_t i) { return spec.outputs[i].quantization.overrides; };
+    ASSERT_EQ(rules(0).size(), 1u);
+    EXPECT_EQ(rules(0)[0].quantization.bits, 8);
+    EXPECT_EQ(rules(0)[0].quantization.group_size, 32) << "the item's";
+    ASSERT_EQ(rules(1).size(), 1u);
+    EXPECT_TRUE(rules(1)[0].skip);
+    EXPECT_TRUE(rules(2).empty());
+    EXPECT_EQ(to_yaml(parse(to_yaml(spec))), to_yaml(spec));
 }
 
 TEST(JobSpec, HessiansBelongToTheOriginalModel) {
