@@ -95,7 +95,6 @@ constexpr std::string_view later_keys[] = {"run",
                                            "begin",
                                            "schedule",
                                            "watch_dir",
-                                           "quantization.target_bits",
                                            "quantization.on_fallback"};
 
 std::string_view last_word(std::string_view path) { return path.substr(path.rfind('.') + 1); }

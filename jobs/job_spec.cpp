@@ -179,6 +179,18 @@ Kind<double> share_kind() {
     return {"number from 0 to 1", read, [](double number) { return fmt::format("{}", number); }};
 }
 
+// Bits a weight, or none.
+Kind<std::optional<double>> bits_or_none_kind() {
+    const auto read = [](const Value& value) -> std::optional<double> {
+        if (value.text == "none" && !value.quoted) return std::nullopt;
+        const auto number = read_number<double>(value, "a number");
+        if (!(number >= 2.0 && number <= 9.0)) value.refuse("is not allowed");
+        return number;
+    };
+    return {"number from 2 to 9 | none", read,
+            [](const std::optional<double>& bits) { return bits ? fmt::format("{}", *bits) : "none"; }};
+}
+
 Kind<int> up_to_kind(int most) {
     const auto read = [most](const Value& value) {
         const auto number = read_number<int>(value, "a whole number");
@@ -401,6 +413,9 @@ std::vector<Row> quantization_rows() {
         decided(row("quantization.error_propagation_alpha", share_kind(),
                     "how much of the error of earlier blocks a linear makes up for",
                     [](auto& s) -> auto& { return s.quantization.error_propagation_alpha; })),
+        row("quantization.target_bits", bits_or_none_kind(),
+            "choose bits for each linear so that a weight takes that many on average, all overhead counted",
+            [](auto& s) -> auto& { return s.quantization.target_bits; }),
         row("quantization.lm_head.bits", one_of_or_kind<int>(allowed_bits, "none"),
             "quantize lm_head too, with that many bits a weight",
             [](auto& s) -> auto& { return s.quantization.lm_head_bits; }),
@@ -557,6 +572,21 @@ void require_grid(const JobSpec& spec, const Places& places) {
         place == places.end() ? "outputs: " : place->second + ": ");
 }
 
+// `set`: keys of the job, or of an item of outputs.
+void require_one_of_bits(const JobSpec& spec, const Places& set) {
+    if (!spec.quantization.target_bits) return;
+    if (const auto bits = set.find("quantization.bits"); bits != set.end())
+        throw BadInput("{}: quantization.bits: quantization.target_bits chooses bits: set one of them",
+                       bits->second);
+    for (const QuantizationRule& rule : spec.quantization.overrides) {
+        if (rule.skip || std::ranges::find(rule.keys, "bits") != rule.keys.end()) continue;
+        throw BadInput(
+            "{}: quantization.overrides: match: {}: with quantization.target_bits a rule sets bits, or skip: "
+            "true",
+            rule.place, rule.match);
+    }
+}
+
 void require_rule_grids(const JobSpec& spec) {
     for (const QuantizationRule& rule : spec.quantization.overrides) {
         if (rule.quantization.sym || spec.output.format != "gptq") continue;
@@ -686,11 +716,13 @@ private:
         if (const auto contradiction = contradiction_in(job.quantization); !contradiction.empty())
             throw BadInput("{}: outputs: {}", where(item), contradiction);
         // Its own rules, or those of the job on top of what it changes.
+        job.quantization.overrides.clear();
         if (!reader.places_.contains(std::string(overrides_key))) reader.overrides_.reset(overrides_);
         Places all = reader.places_;
         if (!own) all.insert(set.begin(), set.end());
         reader.read_rules(job, all);
         require_rule_grids(job);
+        require_one_of_bits(job, reader.places_);
         return {job.output, job.quantization};
     }
 
@@ -811,6 +843,7 @@ void require_consistent(const JobSpec& spec, const Places& places) {
     if (spec.outputs.empty()) {
         require_grid(spec, places);
         require_rule_grids(spec);
+        require_one_of_bits(spec, places);
     }
     if (spec.compute.backend == "cpu" && spec.compute.communicator == "nccl")
         throw BadInput("{}: compute.communicator: nccl needs GPUs, but compute.backend is cpu (auto | mpi)",
@@ -897,8 +930,11 @@ YAML::Node rules_node(const JobSpec& spec) {
         if (rule.skip) item["skip"] = "true";
         JobSpec job;
         job.quantization = rule.quantization;
-        for (const std::string& key : rule.keys) {
-            item[key] = find_row(fmt::format("quantization.{}", key))->write(job);
+        for (const std::string& key : rule_keys) {
+            // Also what a preset decided for the rule, since the file names all keys of the job.
+            const Row& row = *find_row(fmt::format("quantization.{}", key));
+            const bool set = std::ranges::find(rule.keys, key) != rule.keys.end();
+            if (!rule.skip && (set || row.write(job) != row.write(spec))) item[key] = row.write(job);
         }
         list.push_back(item);
     }

@@ -3,6 +3,7 @@
 #include <fmt/ranges.h>
 
 #include <algorithm>
+#include <iterator>
 #include <string>
 
 namespace quantmill {
@@ -86,7 +87,10 @@ ordered_json dynamic_of(const ModelGraph& graph, const QuantizationScheme& schem
             const ordered_json choice = described(scheme.options_at(block, stage));
             if (choice == usual) continue;
             auto found = std::ranges::find(choices, choice, [](const auto& c) { return c.first; });
-            if (found == choices.end()) found = choices.insert(found, {choice, {}});
+            if (found == choices.end()) {
+                choices.emplace_back(choice, std::vector<int>{});
+                found = std::prev(choices.end());
+            }
             found->second.push_back(block);
         }
         for (const auto& [choice, blocks] : choices) {

@@ -4,7 +4,6 @@
 
 #include "jobs/text.h"
 #include "pipeline/model_card.h"
-#include "workers/gptq_options.h"
 #include "workers/placement.h"
 #include "workers/version.h"
 
@@ -77,11 +76,13 @@ ModelCard card_of(const PreparedJob& job, const Report& report) {
     const QuantizationSpec& q = job.spec.quantization;
     ModelCard card;
     card.base_model = base_model_name(job.spec.model);
-    card.title =
-        fmt::format("{}, {}-bit GPTQ", card.base_model.substr(card.base_model.rfind('/') + 1), q.bits);
+    const int bits = job.scheme.usual().grid.bits;
+    const bool mixed = !dynamic_of(job.graph, job.scheme).is_null();
+    card.title = fmt::format("{}, {}{}-bit GPTQ", card.base_model.substr(card.base_model.rfind('/') + 1),
+                             mixed ? "mostly " : "", bits);
     card.version = version_number();
     card.quantization = {
-        {"bits", std::to_string(q.bits)},
+        {"bits", std::to_string(bits) + (mixed ? ", others by quantization_config.dynamic" : "")},
         {"group_size", std::to_string(q.group_size)},
         {"sym", yes_no(q.sym)},
         {"desc_act", yes_no(q.desc_act)},

@@ -84,7 +84,7 @@ std::vector<LinearReport> gather_linears(const PreparedJob& job, Control& contro
                                          const std::vector<LinearReport>& own) {
     nlohmann::json mine = nlohmann::json::array();
     for (const LinearReport& l : own) {
-        mine.push_back({l.module, l.block, l.group, l.rows, l.columns, l.bits, l.group_size, l.loss,
+        mine.push_back({l.module, l.block, l.group, l.rows, l.columns, l.bits, l.group_size, l.loss, l.signal,
                         l.mean_squared_error, l.tokens, l.damp_percent, l.dead_columns, l.fallback,
                         l.error_propagation_alpha, l.forward_seconds, l.hessian_seconds, l.factor_seconds,
                         l.solve_seconds, l.io_seconds});

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <optional>
 
 #include "pipeline/fingerprint.h"
 #include "pipeline/model_card.h"
@@ -71,12 +72,13 @@ void require_hessian_stores(const PreparedJob& job, Control& control) {
 }
 
 LayerRun::LayerRun(const std::vector<PreparedJob>& outputs, const LayerPlan& plan, Control& control,
-                   Backend& backend, Coordinator& coordinator)
+                   Backend& backend, Coordinator& coordinator, Purpose purpose)
     : outputs_(outputs),
       plan_(plan),
       control_(control),
       backend_(backend),
       coordinator_(coordinator),
+      purpose_(purpose),
       group_(static_cast<std::size_t>(plan.group_of(control.rank()))),
       links_(control, backend, outputs.front().spec.compute.communicator, plan,
              outputs.front().shards.size()),
@@ -96,6 +98,7 @@ LayerRun::LayerRun(const std::vector<PreparedJob>& outputs, const LayerPlan& pla
         saved_ = std::make_unique<HessianStore>(calibration.save_hessians, job().graph,
                                                 hessian_origin(job(), control), job().head);
     }
+    if (purpose_ == Purpose::measure) return;
     open_outputs();
     expect_deliveries();
 }
@@ -127,7 +130,7 @@ void LayerRun::expect_deliveries() {
 
 std::vector<std::vector<LinearReport>> LayerRun::run() {
     const Stopwatch watch;
-    coordinator_.report("copying tensors that stay as they are", 0.0);
+    if (purpose_ == Purpose::write) coordinator_.report("copying tensors that stay as they are", 0.0);
     for (const auto& output : written_) output->copy_untouched();
     if (!given_) {
         stream_ = std::make_unique<HessianStream>(backend_, job().graph, plan_, links_, control_.rank(),
@@ -135,8 +138,10 @@ std::vector<std::vector<LinearReport>> LayerRun::run() {
     }
     prefetch(0);
     for (std::size_t sweep = 0; sweep < plan_.sweeps.size(); ++sweep) run_sweep(sweep);
-    coordinator_.report("writing", 1.0);
-    delivery_->finish();
+    if (purpose_ == Purpose::write) {
+        coordinator_.report("writing", 1.0);
+        delivery_->finish();
+    }
     run_seconds_ = watch.seconds();
     std::vector<std::vector<LinearReport>> all;
     for (std::size_t o = 0; o < outputs_.size(); ++o) {
@@ -317,6 +322,7 @@ void LayerRun::solve_outputs(const SolveTask& task, const Team& team, HeldBlock&
     const std::vector<LinearWeights>& weights = held.weights.stages[task.stage];
     FactorOutcome outcome;
     std::optional<GptqOptions> factored;  // how the factor at hand was made
+    std::vector<double> signal(group.linears.size(), 0.0);
     for (std::size_t o = 0; o < outputs_.size(); ++o) {
         const std::optional<GptqOptions>& options = outputs_[o].scheme.options_at(task.block, task.stage);
         if (!options) continue;
@@ -328,6 +334,9 @@ void LayerRun::solve_outputs(const SolveTask& task, const Team& team, HeldBlock&
             outcome = GroupSolver::share(team, 0, outcome, factor);
             seconds.factor = watch.restart();
             factored = options;
+            if (purpose_ == Purpose::measure) {
+                signal = solvers_[o].signal(team, task.block, task.stage, weights, factor, outcome);
+            }
         }
         report(task, "solving rows");
         const Tensor damped = solvers_[o].share_damped(team, 0, task.block, task.stage, outcome, hessian);
@@ -337,8 +346,10 @@ void LayerRun::solve_outputs(const SolveTask& task, const Team& team, HeldBlock&
         if (hessian == nullptr) continue;
         result.seconds = seconds;
         const double io = task.stage == 0 ? load_seconds_.at(task.block) : 0.0;
-        const auto linears = report_group(outputs_[o], task.block, task.stage, result, io);
+        auto linears = report_group(outputs_[o], task.block, task.stage, result, io);
+        for (std::size_t l = 0; l < linears.size(); ++l) linears[l].signal = signal[l];
         reports_[o].insert(reports_[o].end(), linears.begin(), linears.end());
+        if (purpose_ == Purpose::measure) continue;
         delivery_->deliver(o, written_[o]->encode_group(task.block, group, result.quantized, weights));
     }
 }

@@ -64,6 +64,12 @@ std::string describe_scheme(const PreparedJob& job) {
                            if (options != job.scheme.usual()) other += linears;
                        });
     std::string text = scheme_text(job.scheme.usual());
+    if (const auto& target = job.spec.quantization.target_bits) {
+        text = fmt::format("{} bits a weight on average, group_size {}, {}; bits chosen from measured losses",
+                           *target, job.scheme.usual().grid.group_size,
+                           job.scheme.usual().grid.sym ? "symmetric" : "asymmetric");
+        other = 0;
+    }
     if (other > 0) text += fmt::format("; {} of {} linears by other rules", other, all);
     if (quantized < all) text += fmt::format("; {} linears left as they are", all - quantized);
     if (job.scheme.quantizes_head()) {

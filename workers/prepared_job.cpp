@@ -6,6 +6,7 @@
 
 #include "kernels/half.h"
 #include "pipeline/block_weights.h"
+#include "workers/bit_choice.h"
 #include "workers/job_scheme.h"
 
 namespace quantmill {
@@ -51,6 +52,14 @@ void require_tensors(const CheckpointReader& reader, const ModelGraph& graph) {
 bool is_bf16(const CheckpointReader& reader, const ModelGraph& graph) {
     const std::string& first = graph.stages.front().group.linears.front().name;
     return weight_dtype(reader, graph.in_block(0, first) + ".weight") == DType::bf16;
+}
+
+// With a target what can be said of it before it is measured.
+QuantizationScheme planned_scheme(const JobSpec& spec, const CheckpointReader& reader,
+                                  const ModelGraph& graph) {
+    QuantizationScheme scheme = scheme_of_job(spec, graph, is_bf16(reader, graph));
+    if (!spec.quantization.target_bits) return scheme;
+    return BitChoiceMaker(spec, graph, scheme).provisional();
 }
 
 // Biases are written as float16 whatever the source holds; beyond its range that would be an infinity.
@@ -109,7 +118,7 @@ PreparedJob prepare_job(const JobSpec& spec, std::int64_t micro_batch_tokens) {
          spec.model / "tokenizer.json", spec.calibration.allow_tokenizer_mismatch});
     std::vector<BatchShard> shards = plan_batch_shards(lengths_of(calibration.sequences), micro_batch_tokens);
 
-    QuantizationScheme scheme = scheme_of_job(spec, graph, is_bf16(reader, graph));
+    QuantizationScheme scheme = planned_scheme(spec, reader, graph);
     OutputLayout layout = plan_output(reader, graph, scheme, spec.output.max_shard_size);
     const bool head = scheme.quantizes_head();
     return {spec,
@@ -122,13 +131,17 @@ PreparedJob prepare_job(const JobSpec& spec, std::int64_t micro_batch_tokens) {
             head};
 }
 
+QuantizationScheme scheme_before_target(const PreparedJob& job) {
+    return scheme_of_job(job.spec, job.graph, is_bf16(job.reader, job.graph));
+}
+
 std::vector<PreparedJob> prepare_jobs(const JobSpec& spec, std::int64_t micro_batch_tokens) {
     const std::vector<JobSpec> singles = single_jobs(spec);
     std::vector<PreparedJob> jobs{prepare_job(singles.front(), micro_batch_tokens)};
     for (std::size_t i = 1; i < singles.size(); ++i) {
         PreparedJob job = jobs.front();
         job.spec = singles[i];
-        job.scheme = scheme_of_job(job.spec, job.graph, is_bf16(job.reader, job.graph));
+        job.scheme = planned_scheme(job.spec, job.reader, job.graph);
         job.layout = plan_output(job.reader, job.graph, job.scheme, job.spec.output.max_shard_size);
         jobs.push_back(std::move(job));
     }

@@ -28,6 +28,9 @@ struct PreparedJob {
 // micro_batch_tokens: the backend's.
 PreparedJob prepare_job(const JobSpec& spec, std::int64_t micro_batch_tokens);
 
+// What the job's keys say without quantization.target_bits, which replaces the bits of the usual linears.
+QuantizationScheme scheme_before_target(const PreparedJob& job);
+
 // One for each checkpoint that the job writes; they differ in `spec`, `scheme` and `layout` only.
 std::vector<PreparedJob> prepare_jobs(const JobSpec& spec, std::int64_t micro_batch_tokens);
 

@@ -94,6 +94,7 @@ quantization:
   refit: true
   sweeps: 3
   error_propagation_alpha: 0
+  target_bits: none
   lm_head:
     bits: 8
     group_size: 64
@@ -138,6 +139,8 @@ TEST(JobSpec, EveryKeyReachesItsMember) {
     EXPECT_TRUE(spec.quantization.refit);
     EXPECT_EQ(spec.quantization.sweeps, 3);
     EXPECT_EQ(spec.quantization.error_propagation_alpha, 0.0);
+    EXPECT_EQ(spec.quantization.target_bits, std::nullopt);
+    EXPECT_EQ(parse(minimal, {"quantization.target_bits=3.5"}).quantization.target_bits, 3.5);
     EXPECT_EQ(spec.quantization.lm_head_bits, 8);
     EXPECT_EQ(spec.quantization.lm_head_group_size, 64);
     EXPECT_TRUE(spec.quantization.overrides.empty());
@@ -209,7 +212,8 @@ TEST(JobSpec, UnknownKeysSuggestTheNearest) {
               "/jobs/job.yaml:7: quantization.group_sise: unknown key; did you mean "
               "quantization.group_size? quantization has bits, group_size, sym, desc_act, damp_percent, "
               "damp_auto_increment, true_sequential, propagate, preset, act_group_aware, static_groups, "
-              "scale_search, signed_scales, scale_rounding, refit, sweeps, error_propagation_alpha");
+              "scale_search, signed_scales, scale_rounding, refit, sweeps, error_propagation_alpha, "
+              "target_bits, lm_head, overrides");
     EXPECT_EQ(error_of(minimal + "quantisation:\n  bits: 3\n"),
               "/jobs/job.yaml:6: quantisation: unknown key; did you mean quantization? a job file has "
               "model, output, outputs, calibration, quantization, compute");
@@ -253,7 +257,7 @@ TEST(JobSpec, NamesOfOtherToolsAreTranslated) {
 
 TEST(JobSpec, KeysOfLaterVersionsAreNotGuessedAt) {
     for (const std::string key :
-         {"quantization.target_bits", "target_bits", "run", "run.max_hours", "slurm.partition"}) {
+         {"quantization.on_fallback", "on_fallback", "run", "run.max_hours", "slurm.partition"}) {
         const auto message = override_error(key + "=1");
         EXPECT_NE(message.find("is not in this version"), std::string::npos) << message;
         EXPECT_EQ(message.find("did you mean"), std::string::npos) << message;
@@ -418,16 +422,21 @@ TEST(JobSpec, WhatRulesMustBe) {
     expect(error("    - {match: x, bits: 5}\n"), "job.yaml:8: quantization.bits: 5 is not allowed");
     expect(error("    - {match: x, bits: 3, bits: 4}\n"), "second time");
     expect(error("    - {match: x, match: y, bits: 4}\n"), "second time");
-    expect(error("    - {match: x, propagate: original}\n"), "propagate: is not a key of a rule (match, skip, bits");
+    expect(error("    - {match: x, propagate: original}\n"),
+           "propagate: is not a key of a rule (match, skip, bits");
     expect(error("    - {match: 're:(', bits: 3}\n"), "( is no regular expression");
     expect(error("    - {match: '[', bits: 3}\n"), "[ is no glob");
     expect(error("    - 7\n"), "job.yaml:8: quantization.overrides: a rule must hold keys");
     expect(error("    match: x\n"), "must be a list");
     expect(error("    - {match: x, sym: false}\n"), "job.yaml:8: quantization.overrides: sym: false needs");
-    expect(error("    - {match: x, sym: false}\n", "  signed_scales: true\n"), "quantization.signed_scales: needs");
+    expect(error("    - {match: x, sym: false}\n", "  signed_scales: true\n"),
+           "quantization.signed_scales: needs");
     expect(override_error("quantization.overrides=x"), "a list is written in the job file");
     expect(override_error("quantization.lm_head.group_size=64"), "needs quantization.lm_head.bits");
     expect(override_error("quantization.lm_head=8"), "is a section");
+    expect(error("    - {match: x, sym: true}\n", "  target_bits: 3.5\n"), "a rule sets bits, or skip: true");
+    expect(error_of(minimal, {"quantization.target_bits=3", "quantization.bits=3"}), "set one of them");
+    expect(override_error("quantization.target_bits=1.5"), "1.5 is not allowed (number from 2 to 9 | none)");
 }
 
 TEST(JobSpec, AnOutputHasTheRulesOfTheJobOrItsOwn) {
