@@ -85,17 +85,8 @@ constexpr ForeignKey foreign_keys[] = {
 };
 
 // Keys and sections that later versions bring; a section stands for all that is below it.
-constexpr std::string_view later_keys[] = {"run",
-                                           "slurm",
-                                           "base",
-                                           "models",
-                                           "schemes",
-                                           "jobs",
-                                           "max_parallel",
-                                           "begin",
-                                           "schedule",
-                                           "watch_dir",
-                                           "quantization.on_fallback"};
+constexpr std::string_view later_keys[] = {"run",  "slurm",        "base",  "models",   "schemes",
+                                           "jobs", "max_parallel", "begin", "schedule", "watch_dir"};
 
 std::string_view last_word(std::string_view path) { return path.substr(path.rfind('.') + 1); }
 

@@ -47,6 +47,7 @@ struct QuantizationSpec {
     bool refit = false;
     int sweeps = 0;
     double error_propagation_alpha = 0.0;  // 0: off
+    std::string on_fallback = "report";    // report | error
     std::optional<double> target_bits;     // average a weight, all overhead counted; none: bits
     std::optional<int> lm_head_bits;       // quantization.lm_head.bits; none: lm_head is left as it is
     std::optional<std::int64_t> lm_head_group_size;  // none: group_size

@@ -224,6 +224,11 @@ std::string fallback_lines(const Report& report) {
     if (totals.rounded_to_nearest > 0)
         text += fmt::format("rounded to nearest, without GPTQ, {} linears: {}\n", totals.rounded_to_nearest,
                             names_with(report.linears, fallback_rounding));
+    if (totals.few_tokens > 0)
+        text += fmt::format(
+            "too few tokens for their width, so that only the diagonal of the Hessian counted, {} linears: "
+            "{}\n",
+            totals.few_tokens, names_with(report.linears, fallback_few_tokens));
     if (totals.dead_columns > 0)
         text += fmt::format("{} input columns were zero in all calibration tokens; their weights are 0\n",
                             totals.dead_columns);
@@ -237,6 +242,7 @@ FallbackTotals count_fallbacks(const Report& report) {
     for (const auto& linear : report.linears) {
         totals.damping_raised += linear.fallback == fallback_damping;
         totals.rounded_to_nearest += linear.fallback == fallback_rounding;
+        totals.few_tokens += linear.fallback == fallback_few_tokens;
         totals.largest_damp_percent = std::max(totals.largest_damp_percent, linear.damp_percent);
     }
     for (const auto* linear : one_a_group(report.linears)) totals.dead_columns += linear->dead_columns;
@@ -309,6 +315,7 @@ std::string to_json(const Report& report) {
                          {"fallbacks",
                           {{"damping_raised", fallbacks.damping_raised},
                            {"rounded_to_nearest", fallbacks.rounded_to_nearest},
+                           {"few_tokens", fallbacks.few_tokens},
                            {"largest_damp_percent", fallbacks.largest_damp_percent},
                            {"dead_columns", fallbacks.dead_columns}}},
                          {"layers", layers_json(report.layers)},

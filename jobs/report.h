@@ -11,6 +11,7 @@ namespace quantmill {
 // What LinearReport::fallback says when plain GPTQ did not do.
 inline constexpr const char* fallback_damping = "damping raised";
 inline constexpr const char* fallback_rounding = "round to nearest";
+inline constexpr const char* fallback_few_tokens = "diagonal Hessian";
 
 // What became of one linear. Seconds are of its LinearGroup on the slowest rank, so linears of one block
 // and group show the same numbers; sums must count a group once.
@@ -27,7 +28,7 @@ struct LinearReport {
     std::int64_t tokens = 0;          // seen by its Hessian
     double damp_percent = 0.0;        // used in the end
     std::int64_t dead_columns = 0;
-    std::string fallback;  // empty, fallback_damping or fallback_rounding
+    std::string fallback;                  // empty, or one of the above
     double error_propagation_alpha = 0.0;  // 0: none, also where it was rounded to nearest
     double forward_seconds = 0.0, hessian_seconds = 0.0, factor_seconds = 0.0, solve_seconds = 0.0,
            io_seconds = 0.0;
@@ -89,7 +90,7 @@ struct Report {
 
 // What went otherwise than planned, over all linears.
 struct FallbackTotals {
-    std::int64_t damping_raised = 0, rounded_to_nearest = 0;  // linears
+    std::int64_t damping_raised = 0, rounded_to_nearest = 0, few_tokens = 0;  // linears
     double largest_damp_percent = 0.0;
     std::int64_t dead_columns = 0;  // of all groups
 };

@@ -90,7 +90,10 @@ FactorOutcome factor_hessian(Backend& backend, ConstTensorView sum, const FixedP
     outcome.dead_columns = take_dead_columns(diagonal);
     outcome.order = column_order(diagonal, options);
 
-    for (double damp = options.damp_percent; damp < 1.0; damp += options.damp_auto_increment) {
+    outcome.few_tokens =
+        static_cast<double>(tokens) < options.few_tokens * static_cast<double>(factor.extent(0));
+    for (double damp = options.damp_percent; damp < 1.0 && !outcome.few_tokens;
+         damp += options.damp_auto_increment) {
         if (damp != options.damp_percent) backend.from_fixed_point(sum, exponents, scale, factor);
         backend.write_diagonal(damped(diagonal, damp * mean_diagonal), factor);
         if (!outcome.order.empty()) {
@@ -125,13 +128,13 @@ void damped_hessian(Backend& backend, ConstTensorView sum, const FixedPointExpon
 
 std::string serialize(const FactorOutcome& outcome) {
     const nlohmann::json json{outcome.damp_percent, outcome.damping_raised, outcome.round_to_nearest,
-                              outcome.dead_columns, outcome.order};
+                              outcome.dead_columns, outcome.order,          outcome.few_tokens};
     return json.dump();
 }
 
 FactorOutcome deserialize_factor_outcome(const std::string& text) {
     const nlohmann::json json = nlohmann::json::parse(text);
-    return {json.at(0), json.at(1), json.at(2), json.at(3), json.at(4)};
+    return {json.at(0), json.at(1), json.at(2), json.at(3), json.at(4), json.at(5)};
 }
 
 bool natural_groups(const GptqOptions& options) { return !options.desc_act || options.static_groups; }

@@ -21,6 +21,7 @@ struct GptqOptions {
     bool refit = false;            // of scales, after the solve and each sweep
     int sweeps = 0;                // of coordinate descent over codes
     double error_propagation_alpha = 0.0;  // 0: none
+    double few_tokens = 0.0;  // fewer than this share of the width: H's diagonal alone is taken for known
     friend bool operator==(const GptqOptions&, const GptqOptions&) = default;
 };
 
@@ -31,12 +32,14 @@ struct FactorOutcome {
     bool round_to_nearest = false;           // no damping below 1 made H positive definite
     std::vector<std::int32_t> dead_columns;  // H_jj = 0: never active in the calibration
     std::vector<std::int32_t> order;         // in which columns are solved; empty: natural
+    bool few_tokens = false;                 // too few for more than H's diagonal; rounded to nearest, too
 };
 
 // Builds H = (2/tokens)·XᵀX + λI, λ = damp_percent · mean(diag), from the reduced fixed-point sum and factors
 // it in `factor` f32 [C, C] as Backend::reverse_cholesky does. Dead columns get H_jj = 1 after the mean is
 // taken. Damping rises by damp_auto_increment until the factorization succeeds; at 1 it falls back to a
-// diagonal H, which is rounding to nearest. `module` is for messages; non-finite activations throw BadInput.
+// diagonal H, which is rounding to nearest; so do too few tokens. `module` is for messages; non-finite
+// activations throw BadInput.
 FactorOutcome factor_hessian(Backend& backend, ConstTensorView sum, const FixedPointExponents& exponents,
                              std::int64_t tokens, const GptqOptions& options, const std::string& module,
                              TensorView factor);

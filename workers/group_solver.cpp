@@ -32,19 +32,29 @@ std::vector<double> gather_rows(Control& control, const std::vector<double>& min
     return all;
 }
 
+// "sequences 8-15", counted from 0 as they lie in the store: the ones among which NaN was met.
+std::string sequences_text(const BatchShard& shard) {
+    const std::int64_t first = shard.micro_batches.front().first_sequence;
+    const MicroBatch& end = shard.micro_batches.back();
+    const std::int64_t last = end.first_sequence + end.sequences.count() - 1;
+    return first == last ? fmt::format("sequence {}", first) : fmt::format("sequences {}-{}", first, last);
+}
+
 }  // namespace
 
-FixedPointExponents exponents_of_first_shard(HessianAccumulator& accumulator, const std::string& module) {
+FixedPointExponents exponents_of_first_shard(HessianAccumulator& accumulator, const std::string& module,
+                                             const BatchShard& shard) {
     const std::vector<float> diagonal = accumulator.open_diagonal();
     if (!std::all_of(diagonal.begin(), diagonal.end(), [](float d) { return std::isfinite(d); })) {
-        throw BadInput("{}: its calibration inputs are not finite", module);
+        throw BadInput("{}: its calibration inputs are not finite in {}", module, sequences_text(shard));
     }
     return choose_exponents(diagonal);
 }
 
-void refuse_shard(const std::string& module) {
-    throw BadInput("{}: its calibration inputs are not finite or differ by more than 2^36 between sequences",
-                   module);
+void refuse_shard(const std::string& module, const BatchShard& shard) {
+    throw BadInput(
+        "{}: its calibration inputs are not finite in {}, or 2^36 times as large there as in the first ones",
+        module, sequences_text(shard));
 }
 
 void agree_on_levels(Control& control, std::vector<ReducedHessian>& hessians) {

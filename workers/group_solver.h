@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "comm/communicator.h"
+#include "pipeline/batch_plan.h"
 #include "pipeline/block_weights.h"
 #include "pipeline/gptq_solver.h"
 #include "pipeline/hessian.h"
@@ -28,8 +29,9 @@ struct ReducedHessian {
 
 // The exponents of a Hessian from the job's first shard, which is open in `accumulator`. Throws BadInput when
 // its inputs are not finite; so does refuse_shard for a later shard that no level holds.
-FixedPointExponents exponents_of_first_shard(HessianAccumulator& accumulator, const std::string& module);
-[[noreturn]] void refuse_shard(const std::string& module);
+FixedPointExponents exponents_of_first_shard(HessianAccumulator& accumulator, const std::string& module,
+                                             const BatchShard& shard);
+[[noreturn]] void refuse_shard(const std::string& module, const BatchShard& shard);
 // Gives the Hessians, and what is beside them, the levels that any rank's have. Collective.
 void agree_on_levels(Control& control, std::vector<ReducedHessian>& hessians);
 

@@ -22,6 +22,7 @@ HessianStream::HessianStream(Backend& backend, const ModelGraph& graph, const La
       graph_(graph),
       links_(links),
       coordinator_(coordinator),
+      shards_(shards),
       sequences_(sequences),
       group_(plan.group_of(rank)),
       sweeps_(plan.sweeps.size()),
@@ -45,7 +46,7 @@ void HessianStream::run(std::size_t sweep, ConstTensorView embedding, std::vecto
         if (hidden_.embeds()) backend_.embed(tokens_of(*items[i].batch, sequences_), embedding, hidden);
         compute(items[i], hidden, held);
         hidden_.pass(i);
-        if (items[i].closes_shard) close_shard(held);
+        if (items[i].closes_shard) close_shard(shards_[items[i].shard], held);
     }
     if (!agreed_) agree_on_exponents(held);  // a rank without shards
     const Stopwatch wait;
@@ -98,13 +99,13 @@ void HessianStream::run_block(HeldBlock& held, const BatchState& state) {
     }
 }
 
-void HessianStream::close_shard(std::vector<HeldBlock>& held) {
+void HessianStream::close_shard(const BatchShard& shard, std::vector<HeldBlock>& held) {
     if (!agreed_) agree_on_exponents(held);
     for_each_hessian(held, [&](HeldBlock& block, std::size_t stage) {
         const Stopwatch watch;
         ReducedHessian& hessian = block.hessians[stage];
         if (!hessian.accumulator.close_shard(hessian.exponents)) {
-            refuse_shard(module_of(graph_, block.block, stage));
+            refuse_shard(module_of(graph_, block.block, stage), shard);
         }
         block.seconds[stage].hessian += watch.seconds();
     });
@@ -116,8 +117,8 @@ void HessianStream::agree_on_exponents(std::vector<HeldBlock>& held) {
     FixedPointExponents all;
     for_each_hessian(held, [&](HeldBlock& block, std::size_t stage) {
         if (control.rank() != 0) return;
-        const FixedPointExponents chosen = exponents_of_first_shard(block.hessians[stage].accumulator,
-                                                                    module_of(graph_, block.block, stage));
+        const FixedPointExponents chosen = exponents_of_first_shard(
+            block.hessians[stage].accumulator, module_of(graph_, block.block, stage), shards_.front());
         all.insert(all.end(), chosen.begin(), chosen.end());
     });
     all = from_message<std::int32_t>(control.broadcast(as_message(all), 0));

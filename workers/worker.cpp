@@ -27,12 +27,13 @@ Worker::Worker(Backend& backend, Team all, Team rows, Coordinator& coordinator, 
       graph_(graph),
       options_(options),
       job_shards_(static_cast<std::int64_t>(shards.size())),
+      shards_(own(shards, all.control)),
       solver_(backend, graph, options.scheme, tokens_of_shards(shards)),
       batches_(backend, graph, own(shards, all.control), options.activations),
       forward_(backend, graph, limits_of(shards).tokens, limits_of(shards).length),
       clock_(backend) {
     const Shape norm{limits_of(shards).tokens, graph.hidden_size};
-    if (options.gptq.error_propagation_alpha > 0.0) {
+    if (options.scheme.usual().error_propagation_alpha > 0.0) {
         original_batches_.emplace(backend, graph, own(shards, all.control), options.activations);
         original_norm_ = backend.empty(norm, backend.activation_dtype(), "an input of the original path");
     }
@@ -152,7 +153,7 @@ std::vector<ReducedHessian> Worker::reduce_hessians(int block, StageSpan stages,
     agree_on_exponents(block, stages, hessians);
     for (std::size_t shard = 0; shard < batches_.shards(); ++shard) {
         if (shard > 0) accumulate_shard(block, shard, stages, weights, passes, hessians);
-        close_shard(block, stages, hessians);
+        close_shard(block, shard, stages, hessians);
     }
     report(block, stages.first, "summing Hessians over ranks");
     sum_over_ranks(hessians);
@@ -229,12 +230,13 @@ void Worker::drop_originals(StageSpan stages, BlockWeights& weights) {
     }
 }
 
-void Worker::close_shard(int block, StageSpan stages, std::vector<ReducedHessian>& hessians) {
+void Worker::close_shard(int block, std::size_t shard, StageSpan stages,
+                         std::vector<ReducedHessian>& hessians) {
     for (std::size_t i = 0; i < hessians.size(); ++i) {
         ReducedHessian& hessian = hessians[i];
         const bool closed = hessian.accumulator.close_shard(hessian.exponents) &&
                             (!hessian.cross || hessian.cross->close_shard(hessian.exponents));
-        if (!closed) refuse_shard(solver_.module(block, stages.first + i));
+        if (!closed) refuse_shard(solver_.module(block, stages.first + i), shards_[shard]);
     }
     clock_.lap(&StageSeconds::hessian);
 }
@@ -243,8 +245,8 @@ void Worker::agree_on_exponents(int block, StageSpan stages, std::vector<Reduced
     for (std::size_t i = 0; i < hessians.size(); ++i) {
         FixedPointExponents chosen;
         if (all_.control.rank() == 0) {
-            chosen =
-                exponents_of_first_shard(hessians[i].accumulator, solver_.module(block, stages.first + i));
+            chosen = exponents_of_first_shard(hessians[i].accumulator,
+                                              solver_.module(block, stages.first + i), shards_.front());
         }
         hessians[i].exponents = from_message<std::int32_t>(all_.control.broadcast(as_message(chosen), 0));
     }
@@ -317,8 +319,8 @@ void Worker::pass_through(CalibrationBatches& batches, bool original, int block,
     const StateUse use =
         use_of_stages(graph_, first_of_pass(graph_, stages.first, keeps_carried), stages.last);
     batches.for_each(use, [&](const CalibrationBatches::Batch&, BatchState state) {
-        report(block, stages.last - 1, original ? "forward through original linears"
-                                                : "forward through quantized linears");
+        report(block, stages.last - 1,
+               original ? "forward through original linears" : "forward through quantized linears");
         state.original = original;
         recompute(stages.first, weights, state);
         for (std::size_t stage = stages.first; stage < stages.last; ++stage) {

@@ -65,11 +65,11 @@ private:
                           Passes& passes, std::vector<ReducedHessian>& hessians);
     // A stage's input on the original path, which then moves past the stage if `runs`; the caller may change
     // it, and it is valid until the next call.
-    TensorView original_input(int block, std::size_t stage, const BlockWeights& weights, const BatchState& state,
-                              bool runs);
+    TensorView original_input(int block, std::size_t stage, const BlockWeights& weights,
+                              const BatchState& state, bool runs);
     void make_originals(std::size_t stage, BlockWeights& weights);
     void drop_originals(StageSpan stages, BlockWeights& weights);
-    void close_shard(int block, StageSpan stages, std::vector<ReducedHessian>& hessians);
+    void close_shard(int block, std::size_t shard, StageSpan stages, std::vector<ReducedHessian>& hessians);
     void agree_on_exponents(int block, StageSpan stages, std::vector<ReducedHessian>& hessians);
     void sum_over_ranks(std::vector<ReducedHessian>& hessians);
 
@@ -90,6 +90,7 @@ private:
     const ModelGraph& graph_;
     Options options_;
     std::int64_t job_shards_;
+    std::span<const BatchShard> shards_;  // of this rank
     GroupSolver solver_;
     CalibrationBatches batches_;
     BlockForward forward_;

@@ -94,6 +94,7 @@ quantization:
   refit: true
   sweeps: 3
   error_propagation_alpha: 0
+  on_fallback: error
   target_bits: none
   lm_head:
     bits: 8
@@ -139,6 +140,7 @@ TEST(JobSpec, EveryKeyReachesItsMember) {
     EXPECT_TRUE(spec.quantization.refit);
     EXPECT_EQ(spec.quantization.sweeps, 3);
     EXPECT_EQ(spec.quantization.error_propagation_alpha, 0.0);
+    EXPECT_EQ(spec.quantization.on_fallback, "error");
     EXPECT_EQ(spec.quantization.target_bits, std::nullopt);
     EXPECT_EQ(parse(minimal, {"quantization.target_bits=3.5"}).quantization.target_bits, 3.5);
     EXPECT_EQ(spec.quantization.lm_head_bits, 8);
@@ -256,8 +258,7 @@ TEST(JobSpec, NamesOfOtherToolsAreTranslated) {
 }
 
 TEST(JobSpec, KeysOfLaterVersionsAreNotGuessedAt) {
-    for (const std::string key :
-         {"quantization.on_fallback", "on_fallback", "run", "run.max_hours", "slurm.partition"}) {
+    for (const std::string key : {"run", "run.max_hours", "slurm.partition", "models", "max_parallel"}) {
         const auto message = override_error(key + "=1");
         EXPECT_NE(message.find("is not in this version"), std::string::npos) << message;
         EXPECT_EQ(message.find("did you mean"), std::string::npos) << message;
