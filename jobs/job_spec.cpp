@@ -170,6 +170,17 @@ Kind<double> fraction_kind() {
     return {"number > 0 and < 1", read, [](double number) { return fmt::format("{}", number); }};
 }
 
+// A fraction, or auto.
+Kind<std::optional<double>> fraction_or_auto_kind() {
+    const Kind<double> kind = fraction_kind();
+    return {kind.values + " | auto",
+            [kind](const Value& value) -> std::optional<double> {
+                if (value.text == "auto" && !value.quoted) return std::nullopt;
+                return kind.read(value);
+            },
+            [kind](const std::optional<double>& number) { return number ? kind.write(*number) : "auto"; }};
+}
+
 Kind<double> share_kind() {
     const auto read = [](const Value& value) {
         const auto number = read_number<double>(value, "a number");
@@ -374,7 +385,7 @@ std::vector<Row> quantization_rows() {
             [](auto& s) -> auto& { return s.quantization.sym; }),
         row("quantization.desc_act", bool_kind(), "columns with large activations first (act-order)",
             [](auto& s) -> auto& { return s.quantization.desc_act; }),
-        row("quantization.damp_percent", fraction_kind(),
+        row("quantization.damp_percent", fraction_or_auto_kind(),
             "damping, as a share of the Hessian's mean diagonal",
             [](auto& s) -> auto& { return s.quantization.damp_percent; }),
         row("quantization.damp_auto_increment", fraction_kind(),

@@ -34,7 +34,7 @@ struct QuantizationSpec {
     std::int64_t group_size = 128;  // -1: one group a row
     bool sym = true;
     bool desc_act = false;
-    double damp_percent = 0.05;
+    std::optional<double> damp_percent = 0.05;  // none: auto
     double damp_auto_increment = 0.01;
     bool true_sequential = true;
     std::string propagate = "quantized";  // quantized | original

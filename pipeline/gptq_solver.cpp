@@ -67,7 +67,41 @@ std::vector<float> damped(std::span<const float> diagonal, double lambda) {
     return result;
 }
 
+// tr(H²) of a lower triangle, whose upper one is filled.
+double trace_of_square(Backend& backend, TensorView h) {
+    constexpr std::int64_t kRows = 256;
+    backend.mirror_triangle(h);
+    const std::int64_t columns = h.extent(0);
+    Tensor zeros = backend.empty({std::min(kRows, columns), columns}, DType::f32, "zeros");
+    backend.zero(zeros);
+    double sum = 0.0;
+    for (std::int64_t first = 0; first < columns; first += kRows) {
+        const std::int64_t last = std::min(first + kRows, columns);
+        const auto rows = backend.squared_distance(h.rows(first, last), zeros.view().rows(0, last - first));
+        sum += std::accumulate(rows.begin(), rows.end(), 0.0);
+    }
+    return sum;
+}
+
+// Where damping begins; h: as it was accumulated.
+double first_damping(Backend& backend, TensorView h, double mean_diagonal, std::int64_t tokens,
+                     const GptqOptions& options) {
+    if (!options.auto_damping) return options.damp_percent;
+    const auto width = static_cast<double>(h.extent(0));
+    return shrinkage_damping(mean_diagonal * width, trace_of_square(backend, h), static_cast<double>(tokens),
+                             width);
+}
+
 }  // namespace
+
+double shrinkage_damping(double trace, double trace_of_square, double tokens, double width) {
+    const double spread = trace_of_square - trace * trace / width;
+    const double rho =
+        ((1.0 - 2.0 / width) * trace_of_square + trace * trace) / ((tokens + 1.0 - 2.0 / width) * spread);
+    constexpr double kLeast = 0.01, kMost = 0.5;
+    if (!(spread > 0.0) || !(rho < 1.0)) return kMost;
+    return std::clamp(rho / (1.0 - rho), kLeast, kMost);
+}
 
 std::vector<std::int32_t> inverse_order(std::span<const std::int32_t> order) {
     std::vector<std::int32_t> result(order.size());
@@ -92,9 +126,9 @@ FactorOutcome factor_hessian(Backend& backend, ConstTensorView sum, const FixedP
 
     outcome.few_tokens =
         static_cast<double>(tokens) < options.few_tokens * static_cast<double>(factor.extent(0));
-    for (double damp = options.damp_percent; damp < 1.0 && !outcome.few_tokens;
-         damp += options.damp_auto_increment) {
-        if (damp != options.damp_percent) backend.from_fixed_point(sum, exponents, scale, factor);
+    const double first = first_damping(backend, factor, mean_diagonal, tokens, options);
+    for (double damp = first; damp < 1.0 && !outcome.few_tokens; damp += options.damp_auto_increment) {
+        if (damp != first) backend.from_fixed_point(sum, exponents, scale, factor);
         backend.write_diagonal(damped(diagonal, damp * mean_diagonal), factor);
         if (!outcome.order.empty()) {
             Tensor natural = backend.empty(factor.shape(), DType::f32, "Hessian in natural order");
@@ -102,7 +136,7 @@ FactorOutcome factor_hessian(Backend& backend, ConstTensorView sum, const FixedP
             backend.permute_symmetric(natural, outcome.order, factor);
         }
         outcome.damp_percent = damp;
-        outcome.damping_raised = damp != options.damp_percent;
+        outcome.damping_raised = damp != first;
         if (backend.reverse_cholesky(factor)) return outcome;
         if (options.damp_auto_increment <= 0.0) break;
     }

@@ -15,6 +15,7 @@ struct GptqOptions {
     QuantizationGrid grid;
     bool desc_act = false;
     double damp_percent = 0.05;
+    bool auto_damping = false;          // instead: shrinkage_damping
     double damp_auto_increment = 0.01;  // 0: do not raise
     bool act_group_aware = false;  // falling diag H inside groups, groups by their largest; g_idx stays c / g
     bool static_groups = false;    // scales from the original weights, of groups c / g
@@ -43,6 +44,11 @@ struct FactorOutcome {
 FactorOutcome factor_hessian(Backend& backend, ConstTensorView sum, const FixedPointExponents& exponents,
                              std::int64_t tokens, const GptqOptions& options, const std::string& module,
                              TensorView factor);
+
+// Damping by oracle-approximating shrinkage (Chen, Wiesel, Eldar, Hero 2010) of a width x width Hessian with
+// these tr(H) and tr(H²), as a share of its mean diagonal: ρ/(1 − ρ), kept between 0.01 and 0.5. The tokens
+// count as independent, which those of a text are not, so it is a lower estimate.
+double shrinkage_damping(double trace, double trace_of_square, double tokens, double width);
 
 // The H that was factored, damped as it was in the end, both triangles, its columns in natural order.
 void damped_hessian(Backend& backend, ConstTensorView sum, const FixedPointExponents& exponents,

@@ -27,6 +27,7 @@ nlohmann::ordered_json to_json(const QuantizationConfig& config) {
                                   {"scale_search", config.scale_search},
                                   {"signed_scales", config.signed_scales},
                                   {"scale_rounding", config.scale_rounding}}}};
+    if (!config.damp_percent) json["meta"].erase("damp_percent");
     if (config.error_propagation_alpha > 0.0) {
         json["meta"]["error_propagation_alpha"] = config.error_propagation_alpha;
     }

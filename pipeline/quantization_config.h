@@ -1,6 +1,7 @@
 #pragma once
 
 #include <nlohmann/json.hpp>
+#include <optional>
 #include <string>
 
 #include "pipeline/gptq_format.h"
@@ -13,7 +14,7 @@ struct QuantizationConfig {
     std::int64_t group_size = 128;  // -1: one group a row
     bool sym = true;
     bool desc_act = false;
-    double damp_percent = 0.05;
+    std::optional<double> damp_percent = 0.05;  // none: not one for all
     double damp_auto_increment = 0.01;
     bool true_sequential = true;
     GptqFormat format = GptqFormat::v1;

@@ -26,7 +26,8 @@ inline GptqOptions gptq_options(const QuantizationSpec& spec, bool bf16_model) {
     options.refit = spec.refit;
     options.sweeps = spec.sweeps;
     options.error_propagation_alpha = spec.error_propagation_alpha;
-    options.damp_percent = spec.damp_percent;
+    options.damp_percent = spec.damp_percent.value_or(options.damp_percent);
+    options.auto_damping = !spec.damp_percent;
     options.damp_auto_increment = spec.damp_auto_increment;
     options.few_tokens = kFewTokens;
     return options;

@@ -212,7 +212,8 @@ World imagine_world(int size, int ranks_per_host, std::uint64_t memory) {
 bool same_factor(const GptqOptions& a, const GptqOptions& b) {
     const bool same_order = a.desc_act == b.desc_act && a.act_group_aware == b.act_group_aware &&
                             (!a.act_group_aware || a.grid.group_size == b.grid.group_size);
-    return a.damp_percent == b.damp_percent && a.damp_auto_increment == b.damp_auto_increment && same_order;
+    return a.damp_percent == b.damp_percent && a.auto_damping == b.auto_damping &&
+           a.damp_auto_increment == b.damp_auto_increment && same_order;
 }
 
 PlannedWork planned_work(std::span<const PreparedJob> outputs, const Backend& backend) {
@@ -352,8 +353,7 @@ LayerPlan layers_of(std::span<const PreparedJob> outputs, const World& world, co
     if (!job.spec.calibration.hessians.empty()) {
         return plan_without_stream(world.hosts, job.graph.blocks + (job.head ? 1 : 0));
     }
-    LayerPlan plan =
-        plan_layers(planned_work(outputs, backend), world, usual_rates(backend.name()), groups);
+    LayerPlan plan = plan_layers(planned_work(outputs, backend), world, usual_rates(backend.name()), groups);
     if (job.head) add_head(plan, job.graph.blocks);
     return plan;
 }

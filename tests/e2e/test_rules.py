@@ -105,3 +105,54 @@ def test_plan_and_errors_name_what_rules_do(quantmill: Run, job: Path) -> None:
     done = quantmill("run", job, code=2)
     assert "fuse qkv into one linear" in done.stderr
     assert "job.yaml:" in done.stderr
+
+
+@pytest.mark.parametrize("propagate", ["quantized", "original"])
+def test_a_budget_of_bits(quantmill: Run, tmp_path: Path, propagate: str) -> None:
+    model = make_checkpoint(tmp_path / "model", "Llama", num_hidden_layers=3, hidden_size=96, intermediate_size=192)
+    store = write_store(tmp_path / "calib.h5", random_sequences(9, 70, vocabulary=VOCABULARY), model, VOCABULARY)
+    rules = [{"match": "model.layers.0.self_attn.o_proj", "bits": 8}]
+    job = write_job(tmp_path / "job.yaml", model, store, tmp_path / "out", {"group_size": 32, "propagate": propagate, "overrides": rules})
+    predicted = []
+    for target in (4, 5, 7):
+        output = tmp_path / str(target)
+        words = ["--set", f"quantization.target_bits={target}", "--set", f"output.directory={output}"]
+        assert f"{target} bits a weight on average" in quantmill("plan", job, *words).stdout
+        shown = quantmill("run", job, *words).stdout
+        report = json.loads((output / "report.json").read_text())
+        budget = report["bit_budget"]
+        assert f"target_bits {target}" in shown
+        assert target - 0.5 < report["bits_per_weight"] <= target
+        assert budget["achieved"] == pytest.approx(report["bits_per_weight"])
+        chosen = {(choice["block"], choice["group"]): choice["bits"] for choice in budget["groups"]}
+        for linear in report["linears"]:
+            fixed = linear["module"] == "model.layers.0.self_attn.o_proj"
+            assert linear["bits"] == (8 if fixed else chosen[linear["block"], linear["group"]])
+        assert len(chosen) == 3 * 4 - 1
+        for choice in budget["groups"]:
+            losses = [choice["losses"][str(bits)] for bits in (2, 3, 4, 8)]
+            assert losses == sorted(losses, reverse=True)
+            assert 0 < losses[-1] < 0.01 < losses[0] < 3
+        uniform = [budget["uniform_loss"][str(bits)] for bits in (2, 3, 4, 8)]
+        assert uniform[0] > budget["predicted_loss"] > uniform[3]
+        predicted.append(budget["predicted_loss"])
+        quantmill("inspect", output)
+        words[-1] = f"output.directory={tmp_path / f'{target}-3'}"
+        quantmill("run", job, *words, ranks=3)
+        assert digests(tmp_path / f"{target}-3") == digests(output)
+    assert predicted == sorted(predicted, reverse=True)
+    done = quantmill("run", job, "--set", "quantization.target_bits=2", code=2)
+    assert "the fewest bits that this job can store take" in done.stderr
+
+
+def test_too_few_tokens_are_a_fallback(quantmill: Run, tmp_path: Path) -> None:
+    """Two tokens for widths of 64 and 96: their correlations are chance."""
+    model = make_checkpoint(tmp_path / "model", "Llama")
+    store = write_store(tmp_path / "calib.h5", [[1, 2, 3]], model, VOCABULARY)
+    job = write_job(tmp_path / "job.yaml", model, store, tmp_path / "out", {"group_size": 32})
+    assert "only the diagonal of the Hessian counted" in quantmill("run", job).stdout
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert {linear["fallback"] for linear in report["linears"]} == {"diagonal Hessian"}
+    assert report["fallbacks"]["few_tokens"] == 14
+    done = quantmill("run", job, "--set", "quantization.on_fallback=error", "--overwrite", code=2)
+    assert "model.layers.0.self_attn.q_proj: diagonal Hessian where GPTQ was asked for" in done.stderr

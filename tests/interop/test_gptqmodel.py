@@ -138,14 +138,14 @@ RULES = [
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-@pytest.mark.parametrize("scheme", [{"overrides": RULES}, {"lm_head": {"bits": 8, "group_size": 32}}, {"lm_head": {"bits": 4}}], ids=str)
+@pytest.mark.parametrize("scheme", [{"overrides": RULES}, {"target_bits": 4.5}, {"lm_head": {"bits": 8, "group_size": 32}}, {"lm_head": {"bits": 4}}], ids=str)
 def test_gptqmodel_loads_mixed_linears_and_lm_head(
     quantmill: Callable[..., Any], tmp_path: Path, scheme: dict[str, Any], tied: bool
 ) -> None:
     model, output = tmp_path / "model", tmp_path / "out"
     make_model(model, "Qwen2", tie_word_embeddings=tied)
     store = write_store(tmp_path / "calib.h5", random_sequences(16, 128, seed=1), model)
-    quantmill("run", write_job(tmp_path / "job.yaml", model, store, output, {"bits": 4, "group_size": 64} | scheme), ranks=1)
+    quantmill("run", write_job(tmp_path / "job.yaml", model, store, output, {"group_size": 64} | scheme), ranks=1)
     sequences = random_sequences(3, 100, seed=2)
     ours = our_logits(quantmill, output, write_store(tmp_path / "tokens.h5", sequences, output), tmp_path / "logits")
     assert relative_error(their_logits(loaded_by_gptqmodel(output), sequences), ours) <= 1e-2

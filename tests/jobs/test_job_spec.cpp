@@ -140,6 +140,7 @@ TEST(JobSpec, EveryKeyReachesItsMember) {
     EXPECT_TRUE(spec.quantization.refit);
     EXPECT_EQ(spec.quantization.sweeps, 3);
     EXPECT_EQ(spec.quantization.error_propagation_alpha, 0.0);
+    EXPECT_EQ(parse(minimal, {"quantization.damp_percent=auto"}).quantization.damp_percent, std::nullopt);
     EXPECT_EQ(spec.quantization.on_fallback, "error");
     EXPECT_EQ(spec.quantization.target_bits, std::nullopt);
     EXPECT_EQ(parse(minimal, {"quantization.target_bits=3.5"}).quantization.target_bits, 3.5);
@@ -175,12 +176,12 @@ TEST(JobSpec, WrongValuesNameFileLineKeyAndWhatIsAllowed) {
         {"group_size: 48", "group_size: 48 is not allowed (-1 | 16 | 32 | 64 | 128 | 256 | 512 | 1024)"},
         {"sym: yes", "sym: yes is not allowed (true | false)"},
         {"sym: 'true'", "sym: \"true\" is not allowed (true | false)"},
-        {"damp_percent: 0", "damp_percent: 0 is not allowed (number > 0 and < 1)"},
-        {"damp_percent: 5%", "damp_percent: 5% is not a number (number > 0 and < 1)"},
-        {"damp_percent: nan", "damp_percent: nan is not a finite number (number > 0 and < 1)"},
-        {"damp_percent: .nan", "damp_percent: .nan is not a number (number > 0 and < 1)"},
-        {"damp_percent: -inf", "damp_percent: -inf is not a finite number (number > 0 and < 1)"},
-        {"damp_percent: 1e400", "damp_percent: 1e400 is not allowed (number > 0 and < 1)"},
+        {"damp_percent: 0", "damp_percent: 0 is not allowed (number > 0 and < 1 | auto)"},
+        {"damp_percent: 5%", "damp_percent: 5% is not a number (number > 0 and < 1 | auto)"},
+        {"damp_percent: nan", "damp_percent: nan is not a finite number (number > 0 and < 1 | auto)"},
+        {"damp_percent: .nan", "damp_percent: .nan is not a number (number > 0 and < 1 | auto)"},
+        {"damp_percent: -inf", "damp_percent: -inf is not a finite number (number > 0 and < 1 | auto)"},
+        {"damp_percent: 1e400", "damp_percent: 1e400 is not allowed (number > 0 and < 1 | auto)"},
     };
     for (const auto& [line, message] : cases)
         EXPECT_EQ(error_of(minimal + "quantization:\n  " + line + "\n"),
