@@ -15,14 +15,14 @@ struct GptqOptions {
     QuantizationGrid grid;
     bool desc_act = false;
     double damp_percent = 0.05;
-    bool auto_damping = false;          // instead: shrinkage_damping
     double damp_auto_increment = 0.01;  // 0: do not raise
     bool act_group_aware = false;  // falling diag H inside groups, groups by their largest; g_idx stays c / g
     bool static_groups = false;    // scales from the original weights, of groups c / g
     bool refit = false;            // of scales, after the solve and each sweep
     int sweeps = 0;                // of coordinate descent over codes
     double error_propagation_alpha = 0.0;  // 0: none
-    double few_tokens = 0.0;  // fewer than this share of the width: H's diagonal alone is taken for known
+    double few_tokens = 0.0;    // fewer than this share of the width: H's diagonal alone is taken for known
+    bool auto_damping = false;  // shrinkage_damping instead of damp_percent
     friend bool operator==(const GptqOptions&, const GptqOptions&) = default;
 };
 

@@ -18,7 +18,7 @@ nlohmann::ordered_json to_json(const QuantizationConfig& config) {
                                 {"dynamic", config.dynamic},
                                 {"meta",
                                  {{"quantizer", {"quantmill:" + config.version}},
-                                  {"damp_percent", config.damp_percent},
+                                  {"damp_percent", config.damp_percent.value_or(0.0)},
                                   {"damp_auto_increment", config.damp_auto_increment},
                                   {"true_sequential", config.true_sequential},
                                   {"act_group_aware", config.act_group_aware},

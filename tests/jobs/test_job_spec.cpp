@@ -216,7 +216,7 @@ TEST(JobSpec, UnknownKeysSuggestTheNearest) {
               "quantization.group_size? quantization has bits, group_size, sym, desc_act, damp_percent, "
               "damp_auto_increment, true_sequential, propagate, preset, act_group_aware, static_groups, "
               "scale_search, signed_scales, scale_rounding, refit, sweeps, error_propagation_alpha, "
-              "target_bits, lm_head, overrides");
+              "on_fallback, target_bits, lm_head, overrides");
     EXPECT_EQ(error_of(minimal + "quantisation:\n  bits: 3\n"),
               "/jobs/job.yaml:6: quantisation: unknown key; did you mean quantization? a job file has "
               "model, output, outputs, calibration, quantization, compute");
