@@ -40,15 +40,18 @@ constexpr ForeignKey foreign_keys[] = {
     {"foem", "write quantization.error_propagation_alpha"},
     // which modules
     {"ignore",
-     "lm_head, embeddings and norms are always left alone, every linear of a block is quantized; "
-     "choosing modules is not in this version (it will be quantization.overrides)"},
+     "lm_head, embeddings and norms are left alone anyway; write quantization.overrides: [{match: NAME, "
+     "skip: "
+     "true}] for linears"},
     {"targets",
-     "every linear of a block is quantized; choosing modules is not in this version (it will be "
-     "quantization.overrides)"},
-    {"dynamic", "settings for single modules are not in this version (they will be quantization.overrides)"},
+     "every linear of a block is quantized; write quantization.overrides: [{match: NAME, skip: true}] for "
+     "those "
+     "that are not to be"},
+    {"dynamic", "write quantization.overrides: [{match: NAME, bits: 8}], or skip: true for -:"},
     {"modules_to_not_convert",
-     "lm_head, embeddings and norms are always left alone; choosing modules is not "
-     "in this version (it will be quantization.overrides)"},
+     "lm_head, embeddings and norms are left alone anyway; write quantization.overrides: [{match: NAME, "
+     "skip: "
+     "true}] for linears"},
     // calibration
     {"num_calibration_samples", "write calibration.sequences"},
     {"num_samples", "write calibration.sequences"},
@@ -82,20 +85,8 @@ constexpr ForeignKey foreign_keys[] = {
 };
 
 // Keys and sections that later versions bring; a section stands for all that is below it.
-constexpr std::string_view later_keys[] = {"run",
-                                           "slurm",
-                                           "base",
-                                           "models",
-                                           "schemes",
-                                           "jobs",
-                                           "max_parallel",
-                                           "begin",
-                                           "schedule",
-                                           "watch_dir",
-                                           "quantization.lm_head",
-                                           "quantization.overrides",
-                                           "quantization.target_bits",
-                                           "quantization.on_fallback"};
+constexpr std::string_view later_keys[] = {"run",  "slurm",        "base",  "models",   "schemes",
+                                           "jobs", "max_parallel", "begin", "schedule", "watch_dir"};
 
 std::string_view last_word(std::string_view path) { return path.substr(path.rfind('.') + 1); }
 

@@ -16,6 +16,7 @@
 #include <utility>
 
 #include "jobs/foreign_keys.h"
+#include "jobs/module_pattern.h"
 #include "jobs/presets.h"
 #include "jobs/text.h"
 #include "kernels/error.h"
@@ -125,6 +126,19 @@ Kind<Integer> one_of_kind(std::vector<Integer> numbers) {
             [](Integer number) { return std::to_string(number); }};
 }
 
+// One of some numbers, or `word` for none.
+template <class Integer>
+Kind<std::optional<Integer>> one_of_or_kind(std::vector<Integer> numbers, const std::string& word) {
+    const Kind<Integer> kind = one_of_kind<Integer>(std::move(numbers));
+    return {
+        fmt::format("{} | {}", kind.values, word),
+        [kind, word](const Value& value) -> std::optional<Integer> {
+            if (value.text == word && !value.quoted) return std::nullopt;
+            return kind.read(value);
+        },
+        [kind, word](const std::optional<Integer>& number) { return number ? kind.write(*number) : word; }};
+}
+
 std::int64_t read_count(const Value& value) {
     const auto count = read_number<std::int64_t>(value, "a whole number");
     if (count < 1) value.refuse("is not allowed");
@@ -156,6 +170,17 @@ Kind<double> fraction_kind() {
     return {"number > 0 and < 1", read, [](double number) { return fmt::format("{}", number); }};
 }
 
+// A fraction, or auto.
+Kind<std::optional<double>> fraction_or_auto_kind() {
+    const Kind<double> kind = fraction_kind();
+    return {kind.values + " | auto",
+            [kind](const Value& value) -> std::optional<double> {
+                if (value.text == "auto" && !value.quoted) return std::nullopt;
+                return kind.read(value);
+            },
+            [kind](const std::optional<double>& number) { return number ? kind.write(*number) : "auto"; }};
+}
+
 Kind<double> share_kind() {
     const auto read = [](const Value& value) {
         const auto number = read_number<double>(value, "a number");
@@ -163,6 +188,18 @@ Kind<double> share_kind() {
         return number;
     };
     return {"number from 0 to 1", read, [](double number) { return fmt::format("{}", number); }};
+}
+
+// Bits a weight, or none.
+Kind<std::optional<double>> bits_or_none_kind() {
+    const auto read = [](const Value& value) -> std::optional<double> {
+        if (value.text == "none" && !value.quoted) return std::nullopt;
+        const auto number = read_number<double>(value, "a number");
+        if (!(number >= 2.0 && number <= 9.0)) value.refuse("is not allowed");
+        return number;
+    };
+    return {"number from 2 to 9 | none", read,
+            [](const std::optional<double>& bits) { return bits ? fmt::format("{}", *bits) : "none"; }};
 }
 
 Kind<int> up_to_kind(int most) {
@@ -283,6 +320,19 @@ Row required(Row row) {
     return row;
 }
 
+constexpr std::string_view outputs_key = "outputs";
+constexpr std::string_view overrides_key = "quantization.overrides";
+
+// A list, which FileReader reads; here for help, manual and spelling.
+Row list_row(std::string_view path, std::string values, std::string meaning) {
+    const auto refuse = [](JobSpec&, const Value& value) {
+        if (value.text != "none") value.refuse("is not allowed: a list is written in the job file");
+    };
+    return {{std::string(path), std::move(values), "none", std::move(meaning)}, refuse, [](const JobSpec&) {
+                return std::string("none");
+            }};
+}
+
 std::vector<Row> output_rows() {
     return {
         required(row("model", path_kind(), "Hugging Face checkpoint directory",
@@ -297,6 +347,8 @@ std::vector<Row> output_rows() {
             [](auto& s) -> auto& { return s.output.tensor_parallel; }),
         row("output.allow_unservable", bool_kind(), "quantize although common servers cannot load the result",
             [](auto& s) -> auto& { return s.output.allow_unservable; }),
+        list_row(outputs_key, "list of {directory, …, quantization}",
+                 "several checkpoints instead of output, each with changes to quantization"),
     };
 }
 
@@ -319,18 +371,21 @@ std::vector<Row> calibration_rows() {
     };
 }
 
+const std::vector<int> allowed_bits{2, 3, 4, 8};
+const std::vector<std::int64_t> allowed_group_sizes{-1, 16, 32, 64, 128, 256, 512, 1024};
+
 std::vector<Row> quantization_rows() {
     return {
-        row("quantization.bits", one_of_kind<int>({2, 3, 4, 8}), "bits a weight",
+        row("quantization.bits", one_of_kind<int>(allowed_bits), "bits a weight",
             [](auto& s) -> auto& { return s.quantization.bits; }),
-        row("quantization.group_size", one_of_kind<std::int64_t>({-1, 16, 32, 64, 128, 256, 512, 1024}),
+        row("quantization.group_size", one_of_kind<std::int64_t>(allowed_group_sizes),
             "weights of a row that share one scale; -1: the whole row",
             [](auto& s) -> auto& { return s.quantization.group_size; }),
         row("quantization.sym", bool_kind(), "zero point in the middle of the range",
             [](auto& s) -> auto& { return s.quantization.sym; }),
         row("quantization.desc_act", bool_kind(), "columns with large activations first (act-order)",
             [](auto& s) -> auto& { return s.quantization.desc_act; }),
-        row("quantization.damp_percent", fraction_kind(),
+        row("quantization.damp_percent", fraction_or_auto_kind(),
             "damping, as a share of the Hessian's mean diagonal",
             [](auto& s) -> auto& { return s.quantization.damp_percent; }),
         row("quantization.damp_auto_increment", fraction_kind(),
@@ -369,6 +424,20 @@ std::vector<Row> quantization_rows() {
         decided(row("quantization.error_propagation_alpha", share_kind(),
                     "how much of the error of earlier blocks a linear makes up for",
                     [](auto& s) -> auto& { return s.quantization.error_propagation_alpha; })),
+        row("quantization.on_fallback", word_kind({"report", "error"}),
+            "what happens when a linear cannot have GPTQ as it was asked for",
+            [](auto& s) -> auto& { return s.quantization.on_fallback; }),
+        row("quantization.target_bits", bits_or_none_kind(),
+            "choose bits for each linear so that a weight takes that many on average, all overhead counted",
+            [](auto& s) -> auto& { return s.quantization.target_bits; }),
+        row("quantization.lm_head.bits", one_of_or_kind<int>(allowed_bits, "none"),
+            "quantize lm_head too, with that many bits a weight",
+            [](auto& s) -> auto& { return s.quantization.lm_head_bits; }),
+        row("quantization.lm_head.group_size", one_of_or_kind<std::int64_t>(allowed_group_sizes, "same"),
+            "of lm_head; same: as quantization.group_size",
+            [](auto& s) -> auto& { return s.quantization.lm_head_group_size; }),
+        list_row(overrides_key, "list of {match, skip | bits, …}",
+                 "rules for linears by name; the first that matches counts"),
     };
 }
 
@@ -391,25 +460,18 @@ std::vector<Row> compute_rows() {
     };
 }
 
-constexpr std::string_view outputs_key = "outputs";
-
-// A list, which FileReader reads; here for help, manual and spelling.
-std::vector<Row> list_rows() {
-    const auto refuse = [](JobSpec&, const Value& value) {
-        if (value.text != "none") value.refuse("is not allowed: a list is written in the job file");
-    };
-    return {{{std::string(outputs_key), "list of {directory, …, quantization}", "none",
-              "several checkpoints instead of output, each with changes to quantization"},
-             refuse,
-             [](const JobSpec&) { return std::string("none"); }}};
-}
+// The keys of the section quantization that a rule of overrides may set.
+const std::vector<std::string> rule_keys{"bits",          "group_size",      "sym",
+                                         "desc_act",      "damp_percent",    "damp_auto_increment",
+                                         "static_groups", "act_group_aware", "scale_search",
+                                         "signed_scales", "scale_rounding",  "refit",
+                                         "sweeps"};
 
 // Every key, in the order in which help and YAML show them.
 const std::vector<Row>& rows() {
     static const std::vector<Row> table = [] {
         std::vector<Row> all;
-        for (const auto& part :
-             {output_rows(), list_rows(), calibration_rows(), quantization_rows(), compute_rows()})
+        for (const auto& part : {output_rows(), calibration_rows(), quantization_rows(), compute_rows()})
             all.insert(all.end(), part.begin(), part.end());
         return all;
     }();
@@ -524,6 +586,30 @@ void require_grid(const JobSpec& spec, const Places& places) {
         place == places.end() ? "outputs: " : place->second + ": ");
 }
 
+// `set`: keys of the job, or of an item of outputs.
+void require_one_of_bits(const JobSpec& spec, const Places& set) {
+    if (!spec.quantization.target_bits) return;
+    if (const auto bits = set.find("quantization.bits"); bits != set.end())
+        throw BadInput("{}: quantization.bits: quantization.target_bits chooses bits: set one of them",
+                       bits->second);
+    for (const QuantizationRule& rule : spec.quantization.overrides) {
+        if (rule.skip || std::ranges::find(rule.keys, "bits") != rule.keys.end()) continue;
+        throw BadInput(
+            "{}: quantization.overrides: match: {}: with quantization.target_bits a rule sets bits, or skip: "
+            "true",
+            rule.place, rule.match);
+    }
+}
+
+void require_rule_grids(const JobSpec& spec) {
+    for (const QuantizationRule& rule : spec.quantization.overrides) {
+        if (rule.quantization.sym || spec.output.format != "gptq") continue;
+        throw BadInput(
+            "{}: quantization.overrides: sym: false needs output.format: gptq_v2, as quantization.sym does",
+            rule.place);
+    }
+}
+
 // Walks one job file: fills `spec`, remembers where each key stands.
 class FileReader {
 public:
@@ -550,7 +636,74 @@ public:
         for (const auto& item : outputs_) spec_.outputs.push_back(read_variant(base, item, set));
     }
 
+    void forget_rules() { overrides_.reset(YAML::Node(YAML::NodeType::Undefined)); }
+    // The rules of quantization.overrides, on top of `job`, whose other keys are complete; `set`: keys that
+    // it sets.
+    void read_rules(JobSpec& job, const Places& set) const {
+        if (!overrides_.IsDefined()) return;
+        if (!overrides_.IsSequence())
+            throw BadInput(
+                "{}: quantization.overrides: must be a list, each item beginning with - match: NAME",
+                where(overrides_));
+        std::vector<QuantizationRule> rules;
+        for (const auto& item : overrides_) rules.push_back(read_rule(job, item, set));
+        job.quantization.overrides = std::move(rules);
+    }
+
 private:
+    QuantizationRule read_rule(JobSpec job, const YAML::Node& item, const Places& set) const {
+        QuantizationRule rule;
+        rule.place = where(item);
+        if (!item.IsMap())
+            throw BadInput("{}: quantization.overrides: a rule must hold keys: match, skip or {}", rule.place,
+                           list_text(rule_keys));
+        job.quantization.overrides.clear();
+        FileReader reader(job, file_);
+        for (const auto& entry : item) reader.read_rule_key(entry.first, entry.second, rule);
+        if (rule.match.empty()) throw BadInput("{}: quantization.overrides: a rule has no match", rule.place);
+        if (rule.skip == !rule.keys.empty())
+            throw BadInput("{}: quantization.overrides: a rule has either skip: true, or keys to set: {}",
+                           rule.place, list_text(rule_keys));
+        apply_preset(job.quantization, [&](std::string_view key) {
+            const auto path = fmt::format("quantization.{}", key);
+            return reader.places_.contains(path) || set.contains(path);
+        });
+        if (const auto contradiction = contradiction_in(job.quantization); !contradiction.empty())
+            throw BadInput("{}: quantization.overrides: {}", rule.place, contradiction);
+        rule.quantization = std::move(job.quantization);
+        return rule;
+    }
+
+    void read_rule_key(const YAML::Node& key, const YAML::Node& node, QuantizationRule& rule) {
+        const auto place = where(key);
+        if (!key.IsScalar()) throw BadInput("{}: a key must be a plain word", place);
+        const std::string& name = key.Scalar();
+        const auto path = fmt::format("quantization.{}", name);
+        if (name == "match" || name == "skip") {
+            if (!places_.emplace(path, place).second)
+                throw BadInput("{}: quantization.overrides: {} is here a second time", place, name);
+            if (!node.IsScalar() || node.Scalar().empty())
+                throw BadInput("{}: quantization.overrides: {}: must be one value", place, name);
+            if (name == "match") return read_match(node.Scalar(), place, rule);
+            rule.skip = bool_kind().read({place, "quantization.overrides: skip", node.Scalar(),
+                                          node.Tag() == "!", bool_kind().values, file_.parent_path()});
+            return;
+        }
+        if (std::ranges::find(rule_keys, name) == rule_keys.end())
+            throw BadInput("{}: quantization.overrides: {}: is not a key of a rule (match, skip, {})", place,
+                           name, list_text(rule_keys));
+        read_named(path, node, place);
+        rule.keys.push_back(name);
+    }
+
+    static void read_match(const std::string& text, const std::string& place, QuantizationRule& rule) try {
+        const ModulePattern pattern(text);
+        rule.match = text;
+    } catch (const std::regex_error& error) {
+        throw BadInput("{}: quantization.overrides: match: {} is no {}: {}", place, text,
+                       text.starts_with("re:") ? "regular expression" : "glob", error.what());
+    }
+
     OutputVariant read_variant(JobSpec job, const YAML::Node& item, const Places& set) const {
         if (!item.IsMap())
             throw BadInput("{}: outputs: an item must hold keys: directory, {}, quantization", where(item),
@@ -576,6 +729,14 @@ private:
         });
         if (const auto contradiction = contradiction_in(job.quantization); !contradiction.empty())
             throw BadInput("{}: outputs: {}", where(item), contradiction);
+        // Its own rules, or those of the job on top of what it changes.
+        job.quantization.overrides.clear();
+        if (!reader.places_.contains(std::string(overrides_key))) reader.overrides_.reset(overrides_);
+        Places all = reader.places_;
+        if (!own) all.insert(set.begin(), set.end());
+        reader.read_rules(job, all);
+        require_rule_grids(job);
+        require_one_of_bits(job, reader.places_);
         return {job.output, job.quantization};
     }
 
@@ -623,6 +784,10 @@ private:
             outputs_.reset(node);
             return;
         }
+        if (path == overrides_key && !node.IsScalar()) {
+            overrides_.reset(node);
+            return;
+        }
         const Row* row = find_row(path);
         if (row == nullptr) refuse_unknown(place, path);
         if (node.IsNull() || (node.IsScalar() && node.Scalar().empty()))
@@ -638,6 +803,7 @@ private:
     const std::filesystem::path& file_;
     std::map<std::string, std::string> places_;  // key or section → "job.yaml:12"
     YAML::Node outputs_{YAML::NodeType::Undefined};
+    YAML::Node overrides_{YAML::NodeType::Undefined};
 };
 
 // Applies "quantization.bits=3" and returns its key.
@@ -688,7 +854,11 @@ void require_original(const JobSpec& spec, const Places& places) {
 
 // What no key can refuse by itself.
 void require_consistent(const JobSpec& spec, const Places& places) {
-    if (spec.outputs.empty()) require_grid(spec, places);
+    if (spec.outputs.empty()) {
+        require_grid(spec, places);
+        require_rule_grids(spec);
+        require_one_of_bits(spec, places);
+    }
     if (spec.compute.backend == "cpu" && spec.compute.communicator == "nccl")
         throw BadInput("{}: compute.communicator: nccl needs GPUs, but compute.backend is cpu (auto | mpi)",
                        places.at("compute.communicator"));
@@ -736,6 +906,9 @@ JobSpec parse_job_spec(const std::string& text, const std::filesystem::path& fil
         places[apply_override(override, spec, file.parent_path())] = "--set " + override;
     apply_preset(spec.quantization,
                  [&](std::string_view key) { return places.contains(fmt::format("quantization.{}", key)); });
+    const auto rules = places.find(std::string(overrides_key));
+    if (rules != places.end() && rules->second.starts_with("--set")) reader.forget_rules();
+    reader.read_rules(spec, places);
     reader.read_outputs(places);
     require_keys(places, !spec.outputs.empty(), file);
     if (!spec.outputs.empty()) {
@@ -763,6 +936,30 @@ void put(YAML::Node root, const std::string& path, const Row& row, const JobSpec
     section[name_of(path)] = row.write(spec);
 }
 
+YAML::Node rules_node(const JobSpec& spec) {
+    YAML::Node list(YAML::NodeType::Sequence);
+    for (const QuantizationRule& rule : spec.quantization.overrides) {
+        YAML::Node item(YAML::NodeType::Map);
+        item["match"] = rule.match;
+        if (rule.skip) item["skip"] = "true";
+        JobSpec job;
+        job.quantization = rule.quantization;
+        for (const std::string& key : rule_keys) {
+            // Also what a preset decided for the rule, since the file names all keys of the job.
+            const Row& row = *find_row(fmt::format("quantization.{}", key));
+            const bool set = std::ranges::find(rule.keys, key) != rule.keys.end();
+            if (!rule.skip && (set || row.write(job) != row.write(spec))) item[key] = row.write(job);
+        }
+        list.push_back(item);
+    }
+    return list;
+}
+
+// Puts the rules of `spec` below `root`, when it has any.
+void put_rules(YAML::Node root, const JobSpec& spec) {
+    if (!spec.quantization.overrides.empty()) root["quantization"]["overrides"] = rules_node(spec);
+}
+
 YAML::Node outputs_node(const JobSpec& spec) {
     YAML::Node list(YAML::NodeType::Sequence);
     for (const JobSpec& job : single_jobs(spec)) {
@@ -772,6 +969,10 @@ YAML::Node outputs_node(const JobSpec& spec) {
             if (path.starts_with("output.")) put(item, path.substr(path.find('.') + 1), row, job);
             if (path.starts_with("quantization.") && row.write(job) != row.write(spec))
                 put(item, path, row, job);
+        }
+        if (YAML::Dump(rules_node(job)) != YAML::Dump(rules_node(spec))) {
+            if (job.quantization.overrides.empty()) item["quantization"]["overrides"] = "none";
+            put_rules(item, job);
         }
         list.push_back(item);
     }
@@ -800,6 +1001,7 @@ std::string to_yaml(const JobSpec& spec) {
         if (replaced && !spec.outputs.empty()) continue;
         put(root, path, row, spec);
     }
+    put_rules(root, spec);
     if (!spec.outputs.empty()) root[std::string(outputs_key)] = outputs_node(spec);
     YAML::Emitter emitter;
     emitter << root;

@@ -27,12 +27,14 @@ struct CalibrationSpec {
     std::filesystem::path hessians;       // empty: from the model
 };
 
+struct QuantizationRule;
+
 struct QuantizationSpec {
     int bits = 4;
     std::int64_t group_size = 128;  // -1: one group a row
     bool sym = true;
     bool desc_act = false;
-    double damp_percent = 0.05;
+    std::optional<double> damp_percent = 0.05;  // none: auto
     double damp_auto_increment = 0.01;
     bool true_sequential = true;
     std::string propagate = "quantized";  // quantized | original
@@ -45,6 +47,20 @@ struct QuantizationSpec {
     bool refit = false;
     int sweeps = 0;
     double error_propagation_alpha = 0.0;  // 0: off
+    std::string on_fallback = "report";    // report | error
+    std::optional<double> target_bits;     // average a weight, all overhead counted; none: bits
+    std::optional<int> lm_head_bits;       // quantization.lm_head.bits; none: lm_head is left as it is
+    std::optional<std::int64_t> lm_head_group_size;  // none: group_size
+    std::vector<QuantizationRule> overrides;         // of the rules that match a linear, the first counts
+};
+
+// An item of quantization.overrides: what becomes of the linears of a LinearGroup whose names match.
+struct QuantizationRule {
+    std::string match;              // a ModulePattern
+    bool skip = false;              // left as they are
+    std::vector<std::string> keys;  // that it sets: "bits"
+    QuantizationSpec quantization;  // the job's with these keys
+    std::string place;              // "job.yaml:12"
 };
 
 struct ComputeSpec {

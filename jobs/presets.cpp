@@ -68,6 +68,10 @@ std::string contradiction_in(const QuantizationSpec& spec) {
     if (spec.error_propagation_alpha > 0.0 && spec.propagate == "original")
         return "quantization.error_propagation_alpha: needs quantization.propagate: quantized: with original "
                "there is no error of earlier blocks to make up for";
+    if (spec.lm_head_group_size && !spec.lm_head_bits)
+        return "quantization.lm_head.group_size: needs quantization.lm_head.bits, without which lm_head is "
+               "left "
+               "as it is";
     return {};
 }
 

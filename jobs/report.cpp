@@ -177,6 +177,44 @@ std::string layers_line(const Report& report) {
     return fmt::format("{}; {} between ranks\n", text, bytes_text(bytes));
 }
 
+ordered_json by_bits(const std::map<int, double>& losses) {
+    ordered_json json = ordered_json::object();
+    for (const auto& [bits, loss] : losses) json[std::to_string(bits)] = loss;
+    return json;
+}
+
+ordered_json budget_json(const BitBudgetReport& budget) {
+    ordered_json groups = ordered_json::array();
+    for (const BitChoice& choice : budget.groups) {
+        groups.push_back({{"block", choice.block},
+                          {"group", choice.group},
+                          {"bits", choice.bits},
+                          {"losses", by_bits(choice.losses)}});
+    }
+    return {{"target", budget.target},
+            {"achieved", budget.achieved},
+            {"predicted_loss", budget.predicted_loss},
+            {"uniform_loss", by_bits(budget.uniform_loss)},
+            {"seconds", budget.seconds},
+            {"groups", groups}};
+}
+
+std::string budget_line(const BitBudgetReport& budget) {
+    std::map<int, int> counts;
+    for (const BitChoice& choice : budget.groups) ++counts[choice.bits];
+    std::vector<std::string> parts;
+    for (const auto& [bits, count] : counts) parts.push_back(fmt::format("{} of {} bits", count, bits));
+    std::vector<std::string> uniform;
+    for (const auto& [bits, loss] : budget.uniform_loss)
+        uniform.push_back(fmt::format("{:.3g} with {} bits", loss, bits));
+    return fmt::format(
+        "target_bits {:g}: groups {}, {:.3f} bits a weight; predicted loss {:.3g} (everywhere alike: {}); "
+        "chosen "
+        "in {}\n",
+        budget.target, fmt::join(parts, ", "), budget.achieved, budget.predicted_loss,
+        fmt::join(uniform, ", "), seconds_text(budget.seconds));
+}
+
 std::string fallback_lines(const Report& report) {
     const auto totals = count_fallbacks(report);
     std::string text;
@@ -186,6 +224,11 @@ std::string fallback_lines(const Report& report) {
     if (totals.rounded_to_nearest > 0)
         text += fmt::format("rounded to nearest, without GPTQ, {} linears: {}\n", totals.rounded_to_nearest,
                             names_with(report.linears, fallback_rounding));
+    if (totals.few_tokens > 0)
+        text += fmt::format(
+            "too few tokens for their width, so that only the diagonal of the Hessian counted, {} linears: "
+            "{}\n",
+            totals.few_tokens, names_with(report.linears, fallback_few_tokens));
     if (totals.dead_columns > 0)
         text += fmt::format("{} input columns were zero in all calibration tokens; their weights are 0\n",
                             totals.dead_columns);
@@ -199,6 +242,7 @@ FallbackTotals count_fallbacks(const Report& report) {
     for (const auto& linear : report.linears) {
         totals.damping_raised += linear.fallback == fallback_damping;
         totals.rounded_to_nearest += linear.fallback == fallback_rounding;
+        totals.few_tokens += linear.fallback == fallback_few_tokens;
         totals.largest_damp_percent = std::max(totals.largest_damp_percent, linear.damp_percent);
     }
     for (const auto* linear : one_a_group(report.linears)) totals.dead_columns += linear->dead_columns;
@@ -271,12 +315,14 @@ std::string to_json(const Report& report) {
                          {"fallbacks",
                           {{"damping_raised", fallbacks.damping_raised},
                            {"rounded_to_nearest", fallbacks.rounded_to_nearest},
+                           {"few_tokens", fallbacks.few_tokens},
                            {"largest_damp_percent", fallbacks.largest_damp_percent},
                            {"dead_columns", fallbacks.dead_columns}}},
                          {"layers", layers_json(report.layers)},
                          {"warnings", report.warnings},
                          {"job", report.job_yaml},
                          {"calibration_sequences", report.calibration_sequences}};
+    if (report.bit_budget) json["bit_budget"] = budget_json(*report.bit_budget);
     json["linears"] = ordered_json::array();
     for (const auto& linear : report.linears) json["linears"].push_back(fields(linear));
     // A path may hold bytes that are not UTF-8; the report of a finished job must not fail over it.
@@ -294,6 +340,7 @@ std::string summary_table(const Report& report) {
                     seconds_text(stages.forward), seconds_text(stages.hessian), seconds_text(stages.factor),
                     seconds_text(stages.solve), seconds_text(stages.io), seconds_text(report.seconds));
     text += layers_line(report);
+    if (report.bit_budget) text += budget_line(*report.bit_budget);
     text += fallback_lines(report);
     text += fmt::format("size {} of {} ({:.1f}%), {:.2f} bits a quantized weight\n",
                         bytes_text(report.output_bytes), bytes_text(report.source_bytes),

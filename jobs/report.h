@@ -2,6 +2,7 @@
 
 #include <cstdint>
 #include <map>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -10,6 +11,7 @@ namespace quantmill {
 // What LinearReport::fallback says when plain GPTQ did not do.
 inline constexpr const char* fallback_damping = "damping raised";
 inline constexpr const char* fallback_rounding = "round to nearest";
+inline constexpr const char* fallback_few_tokens = "diagonal Hessian";
 
 // What became of one linear. Seconds are of its LinearGroup on the slowest rank, so linears of one block
 // and group show the same numbers; sums must count a group once.
@@ -21,11 +23,12 @@ struct LinearReport {
     int bits = 0;
     std::int64_t group_size = 0;
     double loss = 0.0;                // tr((W−Q) H (W−Q)ᵀ)
+    double signal = 0.0;              // tr(W H Wᵀ) where bits were chosen by it, else 0; not shown
     double mean_squared_error = 0.0;  // of the weights
     std::int64_t tokens = 0;          // seen by its Hessian
     double damp_percent = 0.0;        // used in the end
     std::int64_t dead_columns = 0;
-    std::string fallback;  // empty, fallback_damping or fallback_rounding
+    std::string fallback;                  // empty, or one of the above
     double error_propagation_alpha = 0.0;  // 0: none, also where it was rounded to nearest
     double forward_seconds = 0.0, hessian_seconds = 0.0, factor_seconds = 0.0, solve_seconds = 0.0,
            io_seconds = 0.0;
@@ -49,6 +52,21 @@ struct PlannedSeconds {
     double forward = 0.0, hessian = 0.0, factor = 0.0, solve = 0.0, io = 0.0;
 };
 
+// How quantization.target_bits was spent: what a group of linears would lose at each number of bits.
+struct BitChoice {
+    int block = 0;
+    std::string group;
+    int bits = 0;                  // chosen
+    std::map<int, double> losses;  // bits → relative error of its outputs
+};
+struct BitBudgetReport {
+    double target = 0.0, achieved = 0.0;  // bits a weight
+    double predicted_loss = 0.0;          // sum of what the chosen bits lose
+    std::map<int, double> uniform_loss;   // bits → the same when all have them
+    std::vector<BitChoice> groups;
+    double seconds = 0.0;
+};
+
 // Everything that a finished job tells; report.json holds all of it.
 struct Report {
     std::string version, backend, communicator, model, family, job_yaml;
@@ -66,12 +84,13 @@ struct Report {
     PlannedSeconds planned;
     LayersReport layers;
     std::vector<LinearReport> linears;
+    std::optional<BitBudgetReport> bit_budget;
     std::vector<std::string> warnings;
 };
 
 // What went otherwise than planned, over all linears.
 struct FallbackTotals {
-    std::int64_t damping_raised = 0, rounded_to_nearest = 0;  // linears
+    std::int64_t damping_raised = 0, rounded_to_nearest = 0, few_tokens = 0;  // linears
     double largest_damp_percent = 0.0;
     std::int64_t dead_columns = 0;  // of all groups
 };

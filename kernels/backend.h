@@ -42,6 +42,7 @@ struct QuantizationGrid {
     bool bf16_scales = false;    // scales are such that fp16 and bf16 hold them exactly
     std::int64_t groups(std::int64_t columns) const { return (columns + group_size - 1) / group_size; }
     int max_code() const { return (1 << bits) - 1; }
+    friend bool operator==(const QuantizationGrid&, const QuantizationGrid&) = default;
 };
 
 // gptq_solve works on blocks of this many rows: callers that split a tensor's rows begin their pieces at

@@ -5,6 +5,8 @@
 #include <iterator>
 #include <mutex>
 
+#include "pipeline/files.h"
+
 namespace quantmill {
 namespace {
 
@@ -47,6 +49,22 @@ DType weight_dtype(const CheckpointReader& reader, const std::string& name) {
     return *dtype;
 }
 
+GptqScheme scheme_of_module(const GptqSchemes& schemes, const std::string& module,
+                            const CheckpointReader& reader) {
+    if (const auto scheme = schemes.at(module)) return *scheme;
+    throw BadInput("{}: tensor '{}.qweight' is there, but a rule of quantization_config.dynamic skips it",
+                   reader.file_of(module + ".qweight").string(), module);
+}
+
+std::optional<GptqSchemes> schemes_of(const CheckpointReader& reader) {
+    const auto found = reader.config().find("quantization_config");
+    if (found == reader.config().end() || found->is_null()) return std::nullopt;
+    // Read again in the order of the file: the first rule of `dynamic` that matches counts.
+    const std::filesystem::path file = reader.directory() / "config.json";
+    const auto config = nlohmann::ordered_json::parse(read_text(file));
+    return GptqSchemes(config.at("quantization_config"), file.string());
+}
+
 WeightLoader::WeightLoader(Backend& backend, Control& control, Communicator& communicator,
                            const CheckpointReader& reader, const ModelGraph& graph)
     : backend_(backend),
@@ -55,19 +73,15 @@ WeightLoader::WeightLoader(Backend& backend, Control& control, Communicator& com
       reader_(reader),
       graph_(graph),
       lane_(backend.make_copy_lane()) {
-    const auto config = reader.config().find("quantization_config");
-    if (config != reader.config().end() && !config->is_null()) {
-        const std::string file = (reader.directory() / "config.json").string();
-        scheme_ = std::make_unique<GptqScheme>(gptq_scheme_from(*config, file));
-    }
+    if (auto schemes = schemes_of(reader)) schemes_ = std::make_unique<GptqSchemes>(std::move(*schemes));
 }
 
 std::vector<std::string> WeightLoader::names_of_block(int block) const {
     std::vector<std::string> names;
-    for (const auto& [norm, length] : graph_.norms()) names.push_back(graph_.in_block(block, norm));
-    for (const Stage& stage : graph_.stages) {
+    for (const auto& [norm, length] : graph_.norms_of(block)) names.push_back(graph_.in_block(block, norm));
+    for (const Stage& stage : graph_.stages_of(block)) {
         for (const Linear& linear : stage.group.linears) {
-            names.push_back(graph_.in_block(block, linear.name + ".weight"));
+            names.push_back(graph_.weight_of(block, linear));
             if (linear.bias) names.push_back(graph_.in_block(block, linear.name + ".bias"));
         }
     }
@@ -100,7 +114,7 @@ EventPtr WeightLoader::bring(std::vector<Coming>& share) {
 }
 
 void WeightLoader::prefetch_block(int block) {
-    if (block >= graph_.blocks) return;
+    if (block >= graph_.blocks) return;  // lm_head is not read ahead
     prefetched_block_ = block;
     for (const std::string& name : names_of_block(block)) {
         // A missing tensor is reported by load.
@@ -160,8 +174,8 @@ Tensor WeightLoader::to_forward(const Tensor& stored) {
 LinearWeights WeightLoader::load_linear(int block, const Linear& linear) {
     LinearWeights weights;
     const std::string prefix = graph_.in_block(block, linear.name);
-    if (scheme_ == nullptr || reader_.contains(prefix + ".weight")) {
-        weights.stored = load(prefix + ".weight", {linear.rows, linear.columns});
+    if (schemes_ == nullptr || !reader_.contains(prefix + ".qweight")) {
+        weights.stored = load(graph_.weight_of(block, linear), {linear.rows, linear.columns});
     }
     if (linear.bias) weights.bias = load_as(prefix + ".bias", {linear.rows}, DType::f32);
     return weights;
@@ -170,10 +184,10 @@ LinearWeights WeightLoader::load_linear(int block, const Linear& linear) {
 BlockWeights WeightLoader::load_block(int block) {
     if (prefetched_block_ == block) await_prefetch();
     BlockWeights weights;
-    for (const auto& [norm, length] : graph_.norms()) {
+    for (const auto& [norm, length] : graph_.norms_of(block)) {
         weights.norms.emplace(norm, load_as(graph_.in_block(block, norm), {length}, DType::f32));
     }
-    for (const Stage& stage : graph_.stages) {
+    for (const Stage& stage : graph_.stages_of(block)) {
         std::vector<LinearWeights>& group = weights.stages.emplace_back();
         for (const Linear& linear : stage.group.linears) group.push_back(load_linear(block, linear));
     }
@@ -182,7 +196,8 @@ BlockWeights WeightLoader::load_block(int block) {
 
 Tensor WeightLoader::decode_linear(int block, const Linear& linear) {
     const std::string prefix = graph_.in_block(block, linear.name);
-    QuantizationGrid grid = scheme_->grid;
+    const GptqScheme scheme = scheme_of_module(*schemes_, prefix, reader_);
+    QuantizationGrid grid = scheme.grid;
     if (grid.group_size == 0) grid.group_size = linear.columns;
     for (const StoredTensor& expected : gptq_tensors(prefix, linear.rows, linear.columns, grid)) {
         const StoredTensor& stored = reader_.find(expected.name, expected.shape);
@@ -198,7 +213,7 @@ Tensor WeightLoader::decode_linear(int block, const Linear& linear) {
         return bytes;
     };
     const QuantizedLinear quantized =
-        decode_gptq(backend_, prefix, linear.rows, linear.columns, *scheme_, read);
+        decode_gptq(backend_, prefix, linear.rows, linear.columns, scheme, read);
     Tensor forward = backend_.empty({linear.rows, linear.columns}, backend_.activation_dtype(), prefix);
     backend_.dequantize(quantized.rows(0, linear.rows), quantized.g_idx, forward);
     return forward;
@@ -206,8 +221,9 @@ Tensor WeightLoader::decode_linear(int block, const Linear& linear) {
 
 BlockWeights WeightLoader::load_block_for_forward(int block) {
     BlockWeights weights = load_block(block);
-    for (std::size_t s = 0; s < graph_.stages.size(); ++s) {
-        const LinearGroup& group = graph_.stages[s].group;
+    const std::vector<Stage>& stages = graph_.stages_of(block);
+    for (std::size_t s = 0; s < stages.size(); ++s) {
+        const LinearGroup& group = stages[s].group;
         for (std::size_t l = 0; l < group.linears.size(); ++l) {
             LinearWeights& linear = weights.stages[s][l];
             linear.forward =

@@ -3,6 +3,7 @@
 #include <future>
 #include <map>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -28,6 +29,13 @@ struct BlockWeights {
 // The dtype of a tensor that is computed with; throws BadInput when that is none of F32, F16, BF16.
 DType weight_dtype(const CheckpointReader& reader, const std::string& name);
 
+// What the quantization_config of a GPTQ checkpoint says; nothing for a plain one. Throws BadInput for other
+// methods.
+std::optional<GptqSchemes> schemes_of(const CheckpointReader& reader);
+// That of a module whose qweight is there. Throws BadInput when a rule says that it is not quantized.
+GptqScheme scheme_of_module(const GptqSchemes& schemes, const std::string& module,
+                            const CheckpointReader& reader);
+
 // Brings a checkpoint's weights to the backends of all ranks. Each rank reads its share of the tensors from
 // disk once, checks it for NaN, and the communicator spreads it. Collective: all ranks call alike.
 class WeightLoader {
@@ -35,6 +43,7 @@ public:
     WeightLoader(Backend& backend, Control& control, Communicator& communicator,
                  const CheckpointReader& reader, const ModelGraph& graph);
 
+    // Block number graph.blocks is the final norm and lm_head.
     // Starts reading this rank's share of a block and bringing it to the backend, beside whatever the backend
     // computes; load_block uses it when it is there.
     void prefetch_block(int block);
@@ -68,7 +77,7 @@ private:
     Communicator& communicator_;
     const CheckpointReader& reader_;
     const ModelGraph& graph_;
-    std::unique_ptr<GptqScheme> scheme_;  // of a quantized checkpoint
+    std::unique_ptr<GptqSchemes> schemes_;  // of a quantized checkpoint
     int prefetched_block_ = -1;
     std::vector<Coming> share_;  // of the block that is being prefetched
     std::map<std::string, Tensor> at_hand_;

@@ -133,26 +133,79 @@ void EncodedLinear::write(const std::string& prefix, GptqFormat format, const Si
     sink(prefix + ".g_idx", g_idx_.data(), g_idx_.size() * sizeof(g_idx_[0]));
 }
 
+namespace {
+
+// Whether a field that some writers leave null or write as 0 or 1 is set.
+bool flag(const nlohmann::json& object, const char* key, bool otherwise) {
+    const auto value = object.find(key);
+    if (value == object.end() || value->is_null()) return otherwise;
+    return *value != nlohmann::json(false) && *value != nlohmann::json(0);
+}
+
+// Takes the fields of a config, or of a rule of `dynamic`, over those of `scheme`.
+void take_fields(const nlohmann::json& fields, const std::string& file, GptqScheme& scheme) {
+    QuantizationGrid& grid = scheme.grid;
+    if (fields.contains("bits")) grid.bits = fields.at("bits").get<int>();
+    if (fields.contains("group_size")) {
+        grid.group_size = std::max<std::int64_t>(fields.at("group_size").get<std::int64_t>(), 0);
+    }
+    grid.sym = flag(fields, "sym", grid.sym);
+    scheme.desc_act = flag(fields, "desc_act", scheme.desc_act);
+    if (grid.bits != 2 && grid.bits != 3 && grid.bits != 4 && grid.bits != 8) {
+        throw BadInput("{}: {} bits are not supported (2 | 3 | 4 | 8)", file, grid.bits);
+    }
+}
+
+}  // namespace
+
 GptqScheme gptq_scheme_from(const nlohmann::json& config, const std::string& file) {
     try {
         if (const auto method = config.at("quant_method").get<std::string>(); method != "gptq") {
             throw BadInput("{}: quant_method '{}' is not supported (gptq)", file, method);
         }
         GptqScheme scheme;
-        scheme.grid.bits = config.at("bits").get<int>();
-        scheme.grid.group_size = std::max<std::int64_t>(config.at("group_size").get<std::int64_t>(), 0);
-        scheme.grid.sym = config.value("sym", true);
+        config.at("bits");
+        config.at("group_size");
+        take_fields(config, file, scheme);
         if (config.contains("checkpoint_format")) {
             scheme.format = gptq_format_from(config.at("checkpoint_format").get<std::string>());
-        }
-        const int bits = scheme.grid.bits;
-        if (bits != 2 && bits != 3 && bits != 4 && bits != 8) {
-            throw BadInput("{}: {} bits are not supported (2 | 3 | 4 | 8)", file, bits);
         }
         return scheme;
     } catch (const nlohmann::json::exception& error) {
         throw BadInput("{}: quantization_config: {}", file, error.what());
     }
+}
+
+GptqSchemes::GptqSchemes(const nlohmann::ordered_json& config, const std::string& file)
+    : usual_(gptq_scheme_from(nlohmann::json(config), file)) {
+    const auto dynamic = config.find("dynamic");
+    if (dynamic == config.end() || dynamic->is_null()) return;
+    if (!dynamic->is_object()) throw BadInput("{}: quantization_config.dynamic is no map", file);
+    for (const auto& [key, fields] : dynamic->items()) {
+        const bool skips = key.starts_with("-:");
+        const std::string pattern = skips || key.starts_with("+:") ? key.substr(2) : key;
+        try {
+            Rule rule{std::regex(pattern), std::nullopt};
+            if (!skips) take_fields(nlohmann::json(fields), file, rule.scheme.emplace(usual_));
+            rules_.push_back(std::move(rule));
+        } catch (const std::regex_error& error) {
+            throw BadInput(
+                "{}: quantization_config.dynamic: '{}' is no regular expression that this program "
+                "reads: {}",
+                file, pattern, error.what());
+        } catch (const nlohmann::json::exception& error) {
+            throw BadInput("{}: quantization_config.dynamic: '{}': {}", file, key, error.what());
+        }
+    }
+}
+
+std::optional<GptqScheme> GptqSchemes::at(const std::string& module) const {
+    for (const Rule& rule : rules_) {
+        if (std::regex_search(module, rule.pattern, std::regex_constants::match_continuous)) {
+            return rule.scheme;
+        }
+    }
+    return usual_;
 }
 
 std::vector<std::uint8_t> unpack_zeros(const std::vector<std::uint32_t>& words, std::int64_t rows,

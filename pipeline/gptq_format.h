@@ -3,6 +3,8 @@
 #include <cstddef>
 #include <functional>
 #include <nlohmann/json.hpp>
+#include <optional>
+#include <regex>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -51,9 +53,31 @@ private:
 struct GptqScheme {
     QuantizationGrid grid;  // group_size -1 is kept as 0 here: one group a row
     GptqFormat format = GptqFormat::v1;
+    bool desc_act = false;
 };
 // The scheme of config.json's quantization_config. Throws BadInput for methods other than gptq.
 GptqScheme gptq_scheme_from(const nlohmann::json& quantization_config, const std::string& file);
+
+// A checkpoint whose modules may differ: what its quantization_config says, and the first rule of `dynamic`
+// whose expression matches the beginning of a module's name, as GPTQModel and vLLM read it.
+class GptqSchemes {
+public:
+    // Throws BadInput as gptq_scheme_from does, also for a rule that is none. The order of keys matters.
+    GptqSchemes(const nlohmann::ordered_json& quantization_config, const std::string& file);
+
+    const GptqScheme& usual() const { return usual_; }
+    // Nothing: the module is not quantized.
+    std::optional<GptqScheme> at(const std::string& module) const;
+    bool mixed() const { return !rules_.empty(); }
+
+private:
+    struct Rule {
+        std::regex pattern;
+        std::optional<GptqScheme> scheme;
+    };
+    GptqScheme usual_;
+    std::vector<Rule> rules_;
+};
 
 // The zeros u8 [R, G] that the words of a P.qzeros hold.
 std::vector<std::uint8_t> unpack_zeros(const std::vector<std::uint32_t>& words, std::int64_t rows,

@@ -5,6 +5,7 @@
 #include <nlohmann/json.hpp>
 #include <numeric>
 
+#include "kernels/half.h"
 #include "pipeline/refinement.h"
 
 namespace quantmill {
@@ -66,7 +67,41 @@ std::vector<float> damped(std::span<const float> diagonal, double lambda) {
     return result;
 }
 
+// tr(H²) of a lower triangle, whose upper one is filled.
+double trace_of_square(Backend& backend, TensorView h) {
+    constexpr std::int64_t kRows = 256;
+    backend.mirror_triangle(h);
+    const std::int64_t columns = h.extent(0);
+    Tensor zeros = backend.empty({std::min(kRows, columns), columns}, DType::f32, "zeros");
+    backend.zero(zeros);
+    double sum = 0.0;
+    for (std::int64_t first = 0; first < columns; first += kRows) {
+        const std::int64_t last = std::min(first + kRows, columns);
+        const auto rows = backend.squared_distance(h.rows(first, last), zeros.view().rows(0, last - first));
+        sum += std::accumulate(rows.begin(), rows.end(), 0.0);
+    }
+    return sum;
+}
+
+// Where damping begins; h: as it was accumulated.
+double first_damping(Backend& backend, TensorView h, double mean_diagonal, std::int64_t tokens,
+                     const GptqOptions& options) {
+    if (!options.auto_damping) return options.damp_percent;
+    const auto width = static_cast<double>(h.extent(0));
+    return shrinkage_damping(mean_diagonal * width, trace_of_square(backend, h), static_cast<double>(tokens),
+                             width);
+}
+
 }  // namespace
+
+double shrinkage_damping(double trace, double trace_of_square, double tokens, double width) {
+    const double spread = trace_of_square - trace * trace / width;
+    const double rho =
+        ((1.0 - 2.0 / width) * trace_of_square + trace * trace) / ((tokens + 1.0 - 2.0 / width) * spread);
+    constexpr double kLeast = 0.01, kMost = 0.5;
+    if (!(spread > 0.0) || !(rho < 1.0)) return kMost;
+    return std::clamp(rho / (1.0 - rho), kLeast, kMost);
+}
 
 std::vector<std::int32_t> inverse_order(std::span<const std::int32_t> order) {
     std::vector<std::int32_t> result(order.size());
@@ -89,8 +124,11 @@ FactorOutcome factor_hessian(Backend& backend, ConstTensorView sum, const FixedP
     outcome.dead_columns = take_dead_columns(diagonal);
     outcome.order = column_order(diagonal, options);
 
-    for (double damp = options.damp_percent; damp < 1.0; damp += options.damp_auto_increment) {
-        if (damp != options.damp_percent) backend.from_fixed_point(sum, exponents, scale, factor);
+    outcome.few_tokens =
+        static_cast<double>(tokens) < options.few_tokens * static_cast<double>(factor.extent(0));
+    const double first = first_damping(backend, factor, mean_diagonal, tokens, options);
+    for (double damp = first; damp < 1.0 && !outcome.few_tokens; damp += options.damp_auto_increment) {
+        if (damp != first) backend.from_fixed_point(sum, exponents, scale, factor);
         backend.write_diagonal(damped(diagonal, damp * mean_diagonal), factor);
         if (!outcome.order.empty()) {
             Tensor natural = backend.empty(factor.shape(), DType::f32, "Hessian in natural order");
@@ -98,7 +136,7 @@ FactorOutcome factor_hessian(Backend& backend, ConstTensorView sum, const FixedP
             backend.permute_symmetric(natural, outcome.order, factor);
         }
         outcome.damp_percent = damp;
-        outcome.damping_raised = damp != options.damp_percent;
+        outcome.damping_raised = damp != first;
         if (backend.reverse_cholesky(factor)) return outcome;
         if (options.damp_auto_increment <= 0.0) break;
     }
@@ -124,13 +162,13 @@ void damped_hessian(Backend& backend, ConstTensorView sum, const FixedPointExpon
 
 std::string serialize(const FactorOutcome& outcome) {
     const nlohmann::json json{outcome.damp_percent, outcome.damping_raised, outcome.round_to_nearest,
-                              outcome.dead_columns, outcome.order};
+                              outcome.dead_columns, outcome.order,          outcome.few_tokens};
     return json.dump();
 }
 
 FactorOutcome deserialize_factor_outcome(const std::string& text) {
     const nlohmann::json json = nlohmann::json::parse(text);
-    return {json.at(0), json.at(1), json.at(2), json.at(3), json.at(4)};
+    return {json.at(0), json.at(1), json.at(2), json.at(3), json.at(4), json.at(5)};
 }
 
 bool natural_groups(const GptqOptions& options) { return !options.desc_act || options.static_groups; }
@@ -243,6 +281,31 @@ RowLosses solve_rows(Backend& backend, TensorView weights, RowRange range, Const
     backend.copy_to_host(loss, row_loss.data());
     losses.loss.assign(row_loss.begin(), row_loss.end());
     return losses;
+}
+
+// Solved on a grid so coarse that every code is the zero point.
+std::vector<double> signal_of_rows(Backend& backend, TensorView weights, ConstTensorView factor,
+                                   const FactorOutcome& outcome) {
+    const std::int64_t rows = weights.extent(0), columns = weights.extent(1);
+    if (rows == 0) return {};
+    if (!outcome.dead_columns.empty()) backend.zero_columns(outcome.dead_columns, weights);
+    Tensor ordered;
+    if (!outcome.order.empty()) {
+        ordered = backend.empty(weights.shape(), DType::f32, "weights in solving order");
+        backend.permute_columns(weights, outcome.order, ordered);
+    }
+    const QuantizationGrid grid{.bits = 8, .group_size = columns};
+    QuantizedLinear zero(backend, rows, columns, grid);
+    const std::vector<Half> scales(static_cast<std::size_t>(rows), to_half(kHalfMax));
+    const std::vector<std::uint8_t> zeros(static_cast<std::size_t>(rows), std::uint8_t{1U << 7U});
+    backend.copy_from_host(scales.data(), zero.scales);
+    backend.copy_from_host(zeros.data(), zero.zeros);
+    Tensor loss = backend.empty({rows}, DType::f32, "loss of rows");
+    backend.gptq_solve_static(ordered.empty() ? weights : ordered.view(), factor, zero.g_idx, grid,
+                              zero.rows(0, rows), loss);
+    std::vector<float> values(static_cast<std::size_t>(rows));
+    backend.copy_to_host(loss, values.data());
+    return {values.begin(), values.end()};
 }
 
 }  // namespace quantmill

@@ -21,6 +21,9 @@ struct GptqOptions {
     bool refit = false;            // of scales, after the solve and each sweep
     int sweeps = 0;                // of coordinate descent over codes
     double error_propagation_alpha = 0.0;  // 0: none
+    double few_tokens = 0.0;    // fewer than this share of the width: H's diagonal alone is taken for known
+    bool auto_damping = false;  // shrinkage_damping instead of damp_percent
+    friend bool operator==(const GptqOptions&, const GptqOptions&) = default;
 };
 
 // What the factorization found and did; all of it goes to the report.
@@ -30,15 +33,22 @@ struct FactorOutcome {
     bool round_to_nearest = false;           // no damping below 1 made H positive definite
     std::vector<std::int32_t> dead_columns;  // H_jj = 0: never active in the calibration
     std::vector<std::int32_t> order;         // in which columns are solved; empty: natural
+    bool few_tokens = false;                 // too few for more than H's diagonal; rounded to nearest, too
 };
 
 // Builds H = (2/tokens)·XᵀX + λI, λ = damp_percent · mean(diag), from the reduced fixed-point sum and factors
 // it in `factor` f32 [C, C] as Backend::reverse_cholesky does. Dead columns get H_jj = 1 after the mean is
 // taken. Damping rises by damp_auto_increment until the factorization succeeds; at 1 it falls back to a
-// diagonal H, which is rounding to nearest. `module` is for messages; non-finite activations throw BadInput.
+// diagonal H, which is rounding to nearest; so do too few tokens. `module` is for messages; non-finite
+// activations throw BadInput.
 FactorOutcome factor_hessian(Backend& backend, ConstTensorView sum, const FixedPointExponents& exponents,
                              std::int64_t tokens, const GptqOptions& options, const std::string& module,
                              TensorView factor);
+
+// Damping by oracle-approximating shrinkage (Chen, Wiesel, Eldar, Hero 2010) of a width x width Hessian with
+// these tr(H) and tr(H²), as a share of its mean diagonal: ρ/(1 − ρ), kept between 0.01 and 0.5. The tokens
+// count as independent, which those of a text are not, so it is a lower estimate.
+double shrinkage_damping(double trace, double trace_of_square, double tokens, double width);
 
 // The H that was factored, damped as it was in the end, both triangles, its columns in natural order.
 void damped_hessian(Backend& backend, ConstTensorView sum, const FixedPointExponents& exponents,
@@ -75,5 +85,10 @@ double propagated_alpha(const FactorOutcome& outcome, const GptqOptions& options
 RowLosses solve_rows(Backend& backend, TensorView weights, RowRange range, ConstTensorView factor,
                      const FactorOutcome& outcome, const GptqOptions& options, QuantizedLinear& quantized,
                      ConstTensorView cross = {}, ConstTensorView hessian = {});
+
+// A row each: w H wᵀ, the loss of leaving it out; for comparing losses between linears. `weights` f32 [rows,
+// C] loses its dead columns.
+std::vector<double> signal_of_rows(Backend& backend, TensorView weights, ConstTensorView factor,
+                                   const FactorOutcome& outcome);
 
 }  // namespace quantmill

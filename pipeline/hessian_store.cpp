@@ -132,13 +132,16 @@ std::vector<T> read_array(hid_t file_id, const std::string& name, hid_t native, 
 
 }  // namespace
 
-HessianStore::HessianStore(fs::path directory, const ModelGraph& graph, HessianOrigin origin)
-    : directory_(std::move(directory)), graph_(graph), origin_(std::move(origin)) {}
+HessianStore::HessianStore(fs::path directory, const ModelGraph& graph, HessianOrigin origin, bool head)
+    : directory_(std::move(directory)),
+      graph_(graph),
+      origin_(std::move(origin)),
+      blocks_(graph.blocks + (head ? 1 : 0)) {}
 
 fs::path HessianStore::file_of(int block) const { return directory_ / fmt::format("block-{:05}.h5", block); }
 
 void HessianStore::require_no_other() const {
-    for (int block = 0; block < graph_.blocks; ++block) {
+    for (int block = 0; block < blocks_; ++block) {
         std::error_code ignored;
         if (fs::exists(file_of(block), ignored)) require_origin(block);
     }
@@ -157,7 +160,9 @@ std::uint64_t HessianStore::bytes() const {
         const auto n = static_cast<std::uint64_t>(stage.group.columns());
         block += n * (n + 1) / 2 * sizeof(std::int64_t) + n * sizeof(std::int32_t);
     }
-    return block * static_cast<std::uint64_t>(graph_.blocks);
+    const auto width = static_cast<std::uint64_t>(blocks_ > graph_.blocks ? graph_.hidden_size : 0);
+    const std::uint64_t head = width * (width + 1) / 2 * sizeof(std::int64_t) + width * sizeof(std::int32_t);
+    return block * static_cast<std::uint64_t>(graph_.blocks) + head;
 }
 
 void HessianStore::write_block(int block, const std::vector<StoredHessian>& stages) const {
@@ -172,7 +177,7 @@ void HessianStore::write_block(int block, const std::vector<StoredHessian>& stag
                           H5Fclose);
         write_text_attribute(file.get(), "origin", to_json(origin_, graph_).dump(), path);
         for (std::size_t stage = 0; stage < stages.size(); ++stage) {
-            const std::string& name = graph_.stages[stage].group.name;
+            const std::string& name = graph_.stages_of(block)[stage].group.name;
             const Handle group(
                 written(H5Gcreate2(file.get(), name.c_str(), H5P_DEFAULT, H5P_DEFAULT, H5P_DEFAULT), path,
                         "a group"),
@@ -200,7 +205,7 @@ void HessianStore::require_origin(int block) const {
 
 void HessianStore::require_complete() const {
     std::vector<std::string> missing;
-    for (int block = 0; block < graph_.blocks; ++block) {
+    for (int block = 0; block < blocks_; ++block) {
         std::error_code ignored;
         if (fs::exists(file_of(block), ignored)) {
             require_origin(block);
@@ -212,14 +217,14 @@ void HessianStore::require_complete() const {
     throw BadInput(
         "Hessian store {}: {} of {} blocks are missing, {} first: the job that made it did not end; run it "
         "again with calibration.save_hessians",
-        directory_.string(), missing.size(), graph_.blocks, missing.front());
+        directory_.string(), missing.size(), blocks_, missing.front());
 }
 
 StoredHessian HessianStore::read(int block, std::size_t stage) const {
     const QuietErrors quiet;
     const fs::path path = file_of(block);
     const Handle file = open_file(path);
-    const LinearGroup& group = graph_.stages[stage].group;
+    const LinearGroup& group = graph_.stages_of(block)[stage].group;
     const std::int64_t columns = group.columns();
     return {read_array<std::int32_t>(file.get(), group.name + "/exponents", H5T_NATIVE_INT32, columns, path),
             read_array<std::int64_t>(file.get(), group.name + "/sum", H5T_NATIVE_INT64,

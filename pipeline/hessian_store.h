@@ -30,7 +30,9 @@ struct StoredHessian {
 // file appears under its name when it is complete.
 class HessianStore {
 public:
-    HessianStore(std::filesystem::path directory, const ModelGraph& graph, HessianOrigin origin);
+    // `head`: it has the Hessian of lm_head too, as block number graph.blocks.
+    HessianStore(std::filesystem::path directory, const ModelGraph& graph, HessianOrigin origin,
+                 bool head = false);
 
     // Refuses a directory that holds Hessians of another origin: ours would not be told from them.
     void require_no_other() const;
@@ -50,6 +52,7 @@ private:
     std::filesystem::path directory_;
     const ModelGraph& graph_;
     HessianOrigin origin_;
+    int blocks_;
 };
 
 }  // namespace quantmill

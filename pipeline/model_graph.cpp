@@ -43,7 +43,11 @@ std::int64_t LinearGroup::rows() const {
 }
 
 std::string ModelGraph::in_block(int block, const std::string& name) const {
-    return block_prefix + std::to_string(block) + "." + name;
+    return block == blocks ? name : block_prefix + std::to_string(block) + "." + name;
+}
+
+std::string ModelGraph::weight_of(int block, const Linear& linear) const {
+    return block == blocks ? lm_head : in_block(block, linear.name + ".weight");
 }
 
 std::int64_t ModelGraph::block_parameters() const {
@@ -64,6 +68,11 @@ std::vector<std::pair<std::string, std::int64_t>> ModelGraph::norms() const {
     return result;
 }
 
+std::vector<std::pair<std::string, std::int64_t>> ModelGraph::norms_of(int block) const {
+    if (block < blocks) return norms();
+    return {{final_norm, hidden_size}};
+}
+
 ModelGraph build_model_graph(const nlohmann::json& json, const std::string& file) {
     const std::string architecture = architecture_of(json, file);
     for (const Family& family : kFamilies) {
@@ -71,6 +80,10 @@ ModelGraph build_model_graph(const nlohmann::json& json, const std::string& file
         ModelConfig config(json, file);
         ModelGraph graph = family.build(config);
         graph.architecture = architecture;
+        graph.head = {{StageInput::norm,
+                       graph.final_norm,
+                       {"lm_head", {{"lm_head", graph.vocab_size, graph.hidden_size, false}}},
+                       false}};
         require_same_model_type(config, graph);
         config.refuse_unknown_fields();
         return graph;

@@ -59,11 +59,18 @@ struct ModelGraph {
     std::string lm_head = "lm_head.weight";  // the embedding's name when tied
     std::string block_prefix = "model.layers.";
 
+    // Block number `blocks` stands for what follows the blocks: one stage, the final norm and lm_head, which
+    // some jobs quantize too. Its names are those of the checkpoint.
+    std::vector<Stage> head;
+    const std::vector<Stage>& stages_of(int block) const { return block == blocks ? head : stages; }
     // "model.layers.3." + name
     std::string in_block(int block, const std::string& name) const;
+    // The tensor with the weight of a linear: of a tied lm_head the embedding.
+    std::string weight_of(int block, const Linear& linear) const;
     std::int64_t block_parameters() const;  // of the linears of one block
     // Names of the norm weights of one block, without prefix, with their lengths.
     std::vector<std::pair<std::string, std::int64_t>> norms() const;
+    std::vector<std::pair<std::string, std::int64_t>> norms_of(int block) const;  // of the head its own
 };
 
 // Builds the graph of a checkpoint's config.json. Throws BadInput for an architecture that is not supported

@@ -22,16 +22,21 @@ Position position_of(const std::string& name, const ModelGraph& graph) {
     return {4, 0, name};
 }
 
+struct Module {
+    Linear linear;
+    QuantizationGrid grid;
+};
+
 // The quantized linears by module name.
-std::map<std::string, Linear> quantized_modules(const ModelGraph& graph) {
-    std::map<std::string, Linear> modules;
-    for (int block = 0; block < graph.blocks; ++block) {
-        for (const Stage& stage : graph.stages) {
-            for (const Linear& linear : stage.group.linears) {
-                modules.emplace(graph.in_block(block, linear.name), linear);
-            }
-        }
-    }
+std::map<std::string, Module> quantized_modules(const ModelGraph& graph, const QuantizationScheme& scheme) {
+    std::map<std::string, Module> modules;
+    for_each_quantized(graph, scheme,
+                       [&](int block, std::size_t, const LinearGroup& group, const GptqOptions& options) {
+                           for (const Linear& linear : group.linears) {
+                               modules.emplace(graph.in_block(block, linear.name),
+                                               Module{linear, grid_for(options.grid, linear.columns)});
+                           }
+                       });
     return modules;
 }
 
@@ -56,27 +61,29 @@ QuantizationGrid grid_for(const QuantizationGrid& grid, std::int64_t columns) {
 }
 
 OutputLayout plan_output(const CheckpointReader& reader, const ModelGraph& graph,
-                         const QuantizationGrid& grid, std::uint64_t max_shard_size) {
+                         const QuantizationScheme& scheme, std::uint64_t max_shard_size) {
     std::vector<Position> order;
-    for (const auto& [name, tensor] : reader.tensors()) order.push_back(position_of(name, graph));
+    const bool tied = graph.lm_head == graph.embedding;
+    const std::string head = "lm_head.weight";
+    for (const auto& [name, tensor] : reader.tensors()) {
+        if (!tied || name != head) order.push_back(position_of(name, graph));
+    }
+    if (tied && scheme.quantizes_head()) order.push_back({3, 0, head});
     std::sort(order.begin(), order.end());
 
-    const auto modules = quantized_modules(graph);
-    const bool tied = graph.lm_head == graph.embedding;
+    const auto modules = quantized_modules(graph, scheme);
     OutputLayout layout;
     std::vector<StoredTensor> tensors;
     for (const Position& position : order) {
         const std::string& name = std::get<2>(position);
         std::string stem;
-        if (tied && name == "lm_head.weight") continue;
         if (ends_with_take(name, ".weight", stem) && modules.contains(stem)) {
-            const Linear& linear = modules.at(stem);
-            const QuantizationGrid own = grid_for(grid, linear.columns);
-            for (StoredTensor& tensor : gptq_tensors(stem, linear.rows, linear.columns, own)) {
+            const auto& [linear, grid] = modules.at(stem);
+            for (StoredTensor& tensor : gptq_tensors(stem, linear.rows, linear.columns, grid)) {
                 tensors.push_back(std::move(tensor));
             }
         } else if (ends_with_take(name, ".bias", stem) && modules.contains(stem)) {
-            tensors.push_back({name, "F16", {modules.at(stem).rows}, 0, 0});
+            tensors.push_back({name, "F16", {modules.at(stem).linear.rows}, 0, 0});
         } else {
             tensors.push_back(reader.find(name));
             layout.copied.push_back(name);

@@ -8,6 +8,7 @@
 #include "pipeline/checkpoint_writer.h"
 #include "pipeline/gptq_format.h"
 #include "pipeline/model_graph.h"
+#include "pipeline/quantization_scheme.h"
 
 namespace quantmill {
 
@@ -19,9 +20,10 @@ struct OutputLayout {
 };
 
 // The tensors of the source with each quantized linear's weight replaced by its GPTQ tensors (and its bias in
-// fp16); a tied lm_head is omitted. Order: embedding, blocks, final norm, lm_head, everything else.
+// fp16); a tied lm_head is omitted, unless it is quantized. Order: embedding, blocks, final norm, lm_head,
+// everything else.
 OutputLayout plan_output(const CheckpointReader& reader, const ModelGraph& graph,
-                         const QuantizationGrid& grid, std::uint64_t max_shard_size);
+                         const QuantizationScheme& scheme, std::uint64_t max_shard_size);
 
 // The grid of a linear with this many columns: group_size -1 means one group a row.
 QuantizationGrid grid_for(const QuantizationGrid& grid, std::int64_t columns);

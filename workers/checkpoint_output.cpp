@@ -4,20 +4,26 @@
 
 #include "jobs/text.h"
 #include "pipeline/model_card.h"
-#include "workers/gptq_options.h"
 #include "workers/placement.h"
 #include "workers/version.h"
 
 namespace quantmill {
 namespace {
 
-std::string scale_rounding(const PreparedJob& job) {
-    return gptq_options(job.spec.quantization, is_bf16(job)).grid.bf16_scales ? "bf16" : "fp16";
+// Whether any linear has scales that may be negative.
+bool signs_scales(const PreparedJob& job) {
+    bool any = false;
+    for_each_quantized(job.graph, job.scheme,
+                       [&](int, std::size_t, const LinearGroup&, const GptqOptions& options) {
+                           any = any || options.grid.signed_scales;
+                       });
+    return any;
 }
 
 QuantizationConfig config_of(const PreparedJob& job) {
     const QuantizationSpec& q = job.spec.quantization;
-    return {.bits = q.bits,
+    const GptqOptions& usual = job.scheme.usual();
+    return {.bits = usual.grid.bits,
             .group_size = q.group_size,
             .sym = q.sym,
             .desc_act = q.desc_act,
@@ -30,8 +36,11 @@ QuantizationConfig config_of(const PreparedJob& job) {
             .act_group_aware = q.act_group_aware,
             .static_groups = q.static_groups,
             .scale_search = q.scale_search,
-            .signed_scales = q.signed_scales,
-            .scale_rounding = scale_rounding(job)};
+            .signed_scales = signs_scales(job),
+            .scale_rounding = usual.grid.bf16_scales ? "bf16" : "fp16",
+            .lm_head = job.scheme.quantizes_head(),
+            .dynamic = dynamic_of(job.graph, job.scheme),
+            .modules_in_block_to_quantize = modules_in_block_of(job.graph, job.scheme)};
 }
 
 std::string yes_no(bool value) { return value ? "true" : "false"; }
@@ -67,11 +76,13 @@ ModelCard card_of(const PreparedJob& job, const Report& report) {
     const QuantizationSpec& q = job.spec.quantization;
     ModelCard card;
     card.base_model = base_model_name(job.spec.model);
-    card.title =
-        fmt::format("{}, {}-bit GPTQ", card.base_model.substr(card.base_model.rfind('/') + 1), q.bits);
+    const int bits = job.scheme.usual().grid.bits;
+    const bool mixed = !dynamic_of(job.graph, job.scheme).is_null();
+    card.title = fmt::format("{}, {}{}-bit GPTQ", card.base_model.substr(card.base_model.rfind('/') + 1),
+                             mixed ? "mostly " : "", bits);
     card.version = version_number();
     card.quantization = {
-        {"bits", std::to_string(q.bits)},
+        {"bits", std::to_string(bits) + (mixed ? ", others by quantization_config.dynamic" : "")},
         {"group_size", std::to_string(q.group_size)},
         {"sym", yes_no(q.sym)},
         {"desc_act", yes_no(q.desc_act)},
@@ -79,8 +90,8 @@ ModelCard card_of(const PreparedJob& job, const Report& report) {
         {"static_groups", yes_no(q.static_groups)},
         {"scale_search", q.scale_search},
         {"signed_scales", yes_no(q.signed_scales)},
-        {"scale_rounding", scale_rounding(job)},
-        {"damp_percent", fmt::format("{}", q.damp_percent)},
+        {"scale_rounding", job.scheme.usual().grid.bf16_scales ? "bf16" : "fp16"},
+        {"damp_percent", q.damp_percent ? fmt::format("{}", *q.damp_percent) : "auto"},
         {"damp_auto_increment", fmt::format("{}", q.damp_auto_increment)},
         {"true_sequential", yes_no(q.true_sequential)},
         {"checkpoint_format", job.spec.output.format},

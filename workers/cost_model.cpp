@@ -22,14 +22,14 @@ constexpr Shares kCudaShares{0.96, 0.37, 0.77, 0.226, 0.19, 5e9, 2e11, 4e10, 7.7
 
 }  // namespace
 
-std::vector<StageWork> stage_work(const ModelGraph& graph, double length) {
+std::vector<StageWork> stage_work(const std::vector<Stage>& stages, const Attention& attention,
+                                  double length) {
     std::vector<StageWork> work;
-    for (const Stage& stage : graph.stages) {
+    for (const Stage& stage : stages) {
         const auto n = static_cast<double>(stage.group.columns());
         const auto rows = static_cast<double>(stage.group.rows());
         StageWork of_stage{2.0 * rows * n, 0.0, n * n, n * n * n / 3.0, rows * n * n, n, rows * n};
         if (stage.input == StageInput::attention) {
-            const Attention& attention = graph.attention;
             of_stage.attention = 2.0 * length * static_cast<double>(attention.heads * attention.head_dim);
         }
         work.push_back(of_stage);
@@ -66,7 +66,7 @@ double BlockCost::solves() const { return std::accumulate(solve.begin(), solve.e
 BlockCost block_cost(const ModelGraph& graph, const Rates& rates, double tokens, double length,
                      double search) {
     BlockCost cost;
-    for (const StageWork& work : stage_work(graph, length)) {
+    for (const StageWork& work : stage_work(graph.stages, graph.attention, length)) {
         cost.stream += tokens * (work.forward / rates.forward + work.attention / rates.attention +
                                  work.hessian / rates.hessian);
         cost.factor.push_back(rates.factor_seconds(work));

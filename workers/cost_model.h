@@ -24,7 +24,8 @@ struct StageWork {
 inline constexpr double kPropagatedHessian = 3.0;
 inline constexpr double kPropagatedSolve = 5.0;
 // `length`: tokens of a sequence, for attention.
-std::vector<StageWork> stage_work(const ModelGraph& graph, double length);
+std::vector<StageWork> stage_work(const std::vector<Stage>& stages, const Attention& attention,
+                                  double length);
 
 // What one rank reaches in operations a second, and what the ways between ranks carry in bytes a second.
 struct Rates {

@@ -6,7 +6,6 @@
 
 #include "comm/counting_communicator.h"
 #include "workers/checkpoint_output.h"
-#include "workers/gptq_options.h"
 #include "workers/job_report.h"
 #include "workers/layer_run.h"
 #include "workers/progress.h"
@@ -43,26 +42,26 @@ void quantize_blocks(const PreparedJob& job, const LayerPlan& layers, const Acti
     const auto row_communicator =
         make_team_communicator(job.spec.compute.communicator, *row_control, backend);
     Worker worker(backend, {control, communicator}, {*row_control, *row_communicator}, coordinator, job.graph,
-                  {gptq_options(job.spec.quantization, is_bf16(job)), job.spec.quantization.true_sequential,
-                   activations},
-                  job.shards);
+                  {job.scheme, job.spec.quantization.true_sequential, activations}, job.shards);
     loader.prefetch_block(0);
     worker.embed(job.calibration.sequences,
                  loader.load(job.graph.embedding, {job.graph.vocab_size, job.graph.hidden_size}));
 
     Stopwatch watch;
-    for (int block = 0; block < job.graph.blocks; ++block) {
+    for (int block = 0; block < job.scheme.blocks(); ++block) {
         Stopwatch io;
         BlockWeights weights = loader.load_block(block);
         double io_seconds = io.seconds();
         loader.prefetch_block(block + 1);
-        worker.quantize_block(block, weights, [&](std::size_t stage, const QuantizedGroup& result) {
-            const LinearGroup& group = job.graph.stages[stage].group;
-            io.restart();
-            output.write_group(block, group, result.quantized, weights.stages[stage]);
-            io_seconds += io.seconds();
-            const auto linears = report_group(job, block, stage, result, std::exchange(io_seconds, 0.0));
-            report.linears.insert(report.linears.end(), linears.begin(), linears.end());
+        worker.quantize_block(block, weights, [&](std::size_t stage, const QuantizedGroup* result) {
+            const LinearGroup& group = job.graph.stages_of(block)[stage].group;
+            if (result != nullptr) {
+                io.restart();
+                output.write_group(block, group, result->quantized, weights.stages[stage]);
+                io_seconds += io.seconds();
+                const auto linears = report_group(job, block, stage, *result, std::exchange(io_seconds, 0.0));
+                report.linears.insert(report.linears.end(), linears.begin(), linears.end());
+            }
             progress.stage_done(block, stage, group.name);
         });
         double loss = 0.0;
@@ -78,7 +77,7 @@ void run_quantized(const PreparedJob& job, const LayerPlan& layers, Control& con
     CheckpointOutput output(job, control, backend);
     output.copy_untouched();
     {
-        Progress progress(control.rank() == 0, job.graph.blocks, job.graph.stages.size(),
+        Progress progress(control.rank() == 0, job.scheme.blocks(), job.graph.stages.size(),
                           context.expected_seconds);
         quantize_blocks(job, layers, context.activations, control, backend, *communicator, coordinator,
                         output, progress, report);

@@ -52,7 +52,7 @@ BlockTime block_time(const PlannedWork& work, const World& world, const Rates& r
     BlockTime time;
     std::vector<double> factors;
     const double passes = (true_sequential ? 1.0 : 2.0) + (error_propagation ? 1.0 : 0.0);
-    for (const StageWork& stage : stage_work(*work.graph, length)) {
+    for (const StageWork& stage : stage_work(work.graph->stages, work.graph->attention, length)) {
         time.forward += passes * tokens * (stage.forward / rates.forward + stage.attention / rates.attention);
         time.hessian +=
             (error_propagation ? kPropagatedHessian : 1.0) * tokens * stage.hessian / rates.hessian;
@@ -76,12 +76,16 @@ BlockTime block_time(const PlannedWork& work, const World& world, const Rates& r
     return time;
 }
 
-std::vector<std::string> blocks_of(const LayerPlan& plan, std::size_t group) {
+std::vector<std::string> blocks_of(const LayerPlan& plan, std::size_t group, int count) {
     std::vector<std::string> spans;
     for (const auto& sweep : plan.sweeps) {
-        std::vector<std::int64_t> blocks(static_cast<std::size_t>(sweep[group].count()));
-        std::iota(blocks.begin(), blocks.end(), sweep[group].begin);
-        spans.push_back(spans_text(blocks));
+        const BlockRange range = sweep[group];
+        const bool head = !range.empty() && range.end > count;
+        std::vector<std::int64_t> blocks(static_cast<std::size_t>(range.count() - (head ? 1 : 0)));
+        std::iota(blocks.begin(), blocks.end(), range.begin);
+        std::string span = blocks.empty() && head ? "" : spans_text(blocks);
+        if (head) span += span.empty() ? "lm_head" : ",lm_head";
+        spans.push_back(std::move(span));
     }
     return spans;
 }
@@ -146,9 +150,9 @@ Forecast forecast_original(const PlannedWork& work, const World& world, const Ra
     for (std::size_t g = 0; g < lines.size(); ++g) {
         const GroupTimeline& line = lines[g];
         std::vector<std::int64_t> ranks(layers.groups[g].begin(), layers.groups[g].end());
-        planned.groups.push_back({std::move(ranks), blocks_of(layers, g), line.first_item, line.streamed,
-                                  line.solved, line.written, line.stream_seconds, line.reduce_seconds,
-                                  line.solve_seconds, line.idle_seconds});
+        planned.groups.push_back({std::move(ranks), blocks_of(layers, g, work.graph->blocks), line.first_item,
+                                  line.streamed, line.solved, line.written, line.stream_seconds,
+                                  line.reduce_seconds, line.solve_seconds, line.idle_seconds});
         if (line.written > lines[last].written) last = g;
     }
     const GroupTimeline& slowest = lines[last];
@@ -166,7 +170,9 @@ Forecast forecast_original(const PlannedWork& work, const World& world, const Ra
         block_cost(*work.graph, rates, 1.0, static_cast<double>(limits_of(work.shards).length),
                    search_work(work.grid, rates));
     double hessian = 0.0;
-    for (const StageWork& stage : stage_work(*work.graph, 0.0)) hessian += stage.hessian / rates.hessian;
+    for (const StageWork& stage : stage_work(work.graph->stages, work.graph->attention, 0.0)) {
+        hessian += stage.hessian / rates.hessian;
+    }
     const double hessian_share = hessian / one.stream;
     const double factors = work.factors * one.factors();
     const double factor_share = factors / (factors + work.solves * one.solves());

@@ -5,6 +5,9 @@
 
 namespace quantmill {
 
+// Hessians of less than a sixteenth of full rank: correlations seen in so few tokens are chance.
+inline constexpr double kFewTokens = 1.0 / 16.0;
+
 // What a job says about quantization, as the solver takes it. `bf16_model`: of the checkpoint's weights.
 inline GptqOptions gptq_options(const QuantizationSpec& spec, bool bf16_model) {
     GptqOptions options;
@@ -23,8 +26,10 @@ inline GptqOptions gptq_options(const QuantizationSpec& spec, bool bf16_model) {
     options.refit = spec.refit;
     options.sweeps = spec.sweeps;
     options.error_propagation_alpha = spec.error_propagation_alpha;
-    options.damp_percent = spec.damp_percent;
+    options.damp_percent = spec.damp_percent.value_or(options.damp_percent);
+    options.auto_damping = !spec.damp_percent;
     options.damp_auto_increment = spec.damp_auto_increment;
+    options.few_tokens = kFewTokens;
     return options;
 }
 

@@ -32,19 +32,29 @@ std::vector<double> gather_rows(Control& control, const std::vector<double>& min
     return all;
 }
 
+// "sequences 8-15", counted from 0 as they lie in the store: the ones among which NaN was met.
+std::string sequences_text(const BatchShard& shard) {
+    const std::int64_t first = shard.micro_batches.front().first_sequence;
+    const MicroBatch& end = shard.micro_batches.back();
+    const std::int64_t last = end.first_sequence + end.sequences.count() - 1;
+    return first == last ? fmt::format("sequence {}", first) : fmt::format("sequences {}-{}", first, last);
+}
+
 }  // namespace
 
-FixedPointExponents exponents_of_first_shard(HessianAccumulator& accumulator, const std::string& module) {
+FixedPointExponents exponents_of_first_shard(HessianAccumulator& accumulator, const std::string& module,
+                                             const BatchShard& shard) {
     const std::vector<float> diagonal = accumulator.open_diagonal();
     if (!std::all_of(diagonal.begin(), diagonal.end(), [](float d) { return std::isfinite(d); })) {
-        throw BadInput("{}: its calibration inputs are not finite", module);
+        throw BadInput("{}: its calibration inputs are not finite in {}", module, sequences_text(shard));
     }
     return choose_exponents(diagonal);
 }
 
-void refuse_shard(const std::string& module) {
-    throw BadInput("{}: its calibration inputs are not finite or differ by more than 2^36 between sequences",
-                   module);
+void refuse_shard(const std::string& module, const BatchShard& shard) {
+    throw BadInput(
+        "{}: its calibration inputs are not finite in {}, or 2^36 times as large there as in the first ones",
+        module, sequences_text(shard));
 }
 
 void agree_on_levels(Control& control, std::vector<ReducedHessian>& hessians) {
@@ -71,24 +81,27 @@ void agree_on_levels(Control& control, std::vector<ReducedHessian>& hessians) {
     }
 }
 
-GroupSolver::GroupSolver(Backend& backend, const ModelGraph& graph, const GptqOptions& options,
+GroupSolver::GroupSolver(Backend& backend, const ModelGraph& graph, const QuantizationScheme& scheme,
                          std::int64_t tokens)
-    : backend_(backend), graph_(graph), options_(options), tokens_(tokens) {}
+    : backend_(backend), graph_(graph), scheme_(scheme), tokens_(tokens) {}
 
-std::string GroupSolver::module(int block, std::size_t stage) const {
-    return graph_.in_block(block, graph_.stages[stage].group.linears.front().name);
+const LinearGroup& GroupSolver::group_at(int block, std::size_t stage) const {
+    return graph_.stages_of(block)[stage].group;
 }
 
-GptqOptions GroupSolver::options_for(const LinearGroup& group) const {
-    GptqOptions options = options_;
-    options.grid = grid_for(options.grid, group.columns());
+std::string GroupSolver::module(int block, std::size_t stage) const {
+    return graph_.in_block(block, group_at(block, stage).linears.front().name);
+}
+
+GptqOptions GroupSolver::options_at(int block, std::size_t stage) const {
+    GptqOptions options = scheme_.options_at(block, stage).value();
+    options.grid = grid_for(options.grid, group_at(block, stage).columns());
     return options;
 }
 
 FactorOutcome GroupSolver::factor(int block, std::size_t stage, ReducedHessian& hessian) const {
     return factor_hessian(backend_, hessian.accumulator.sum(), hessian.exponents, tokens_,
-                          options_for(graph_.stages[stage].group), module(block, stage),
-                          hessian.accumulator.workspace());
+                          options_at(block, stage), module(block, stage), hessian.accumulator.workspace());
 }
 
 FactorOutcome GroupSolver::share(const Team& team, int owner, const FactorOutcome& outcome,
@@ -98,10 +111,10 @@ FactorOutcome GroupSolver::share(const Team& team, int owner, const FactorOutcom
     return shared;
 }
 
-Tensor GroupSolver::share_damped(const Team& team, int owner, std::size_t stage, const FactorOutcome& outcome,
-                                 ReducedHessian* hessian) const {
-    const LinearGroup& group = graph_.stages[stage].group;
-    if (!refines(outcome, options_for(group))) return {};
+Tensor GroupSolver::share_damped(const Team& team, int owner, int block, std::size_t stage,
+                                 const FactorOutcome& outcome, ReducedHessian* hessian) const {
+    const LinearGroup& group = group_at(block, stage);
+    if (!refines(outcome, options_at(block, stage))) return {};
     Tensor damped = backend_.empty({group.columns(), group.columns()}, DType::f32, "damped Hessian");
     if (team.control.rank() == owner) {
         damped_hessian(backend_, hessian->accumulator.sum(), hessian->exponents, tokens_, outcome, damped);
@@ -114,12 +127,12 @@ void GroupSolver::finish(CrossAccumulator& cross, const FixedPointExponents& exp
     cross.finish(exponents, 2.0 / static_cast<double>(tokens_));
 }
 
-QuantizedGroup GroupSolver::solve(const Team& team, std::size_t stage,
+QuantizedGroup GroupSolver::solve(const Team& team, int block, std::size_t stage,
                                   const std::vector<LinearWeights>& weights, ConstTensorView factor,
                                   const FactorOutcome& outcome, ConstTensorView cross,
                                   ConstTensorView damped) const {
-    const LinearGroup& group = graph_.stages[stage].group;
-    const GptqOptions options = options_for(group);
+    const LinearGroup& group = group_at(block, stage);
+    const GptqOptions options = options_at(block, stage);
     QuantizedLinear quantized(backend_, group.rows(), group.columns(), options.grid);
     quantized.g_idx = group_index(outcome, options, group.columns());
 
@@ -139,6 +152,15 @@ QuantizedGroup GroupSolver::solve(const Team& team, std::size_t stage,
             sum_by_linear(group, squared_error),
             propagated_alpha(outcome, options),
             {}};
+}
+
+std::vector<double> GroupSolver::signal(const Team& team, int block, std::size_t stage,
+                                        const std::vector<LinearWeights>& weights, ConstTensorView factor,
+                                        const FactorOutcome& outcome) const {
+    const LinearGroup& group = group_at(block, stage);
+    const std::vector<RowRange> ranges = solve_ranges(group.rows(), team.control.size());
+    Tensor rows = stored_rows(group, weights, ranges[static_cast<std::size_t>(team.control.rank())]);
+    return sum_by_linear(group, gather_rows(team.control, signal_of_rows(backend_, rows, factor, outcome)));
 }
 
 // Rows of the group's linears, one below the other, in fp32.

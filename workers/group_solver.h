@@ -5,9 +5,11 @@
 #include <vector>
 
 #include "comm/communicator.h"
+#include "pipeline/batch_plan.h"
 #include "pipeline/block_weights.h"
 #include "pipeline/gptq_solver.h"
 #include "pipeline/hessian.h"
+#include "pipeline/quantization_scheme.h"
 #include "workers/stage_clock.h"
 
 namespace quantmill {
@@ -27,8 +29,9 @@ struct ReducedHessian {
 
 // The exponents of a Hessian from the job's first shard, which is open in `accumulator`. Throws BadInput when
 // its inputs are not finite; so does refuse_shard for a later shard that no level holds.
-FixedPointExponents exponents_of_first_shard(HessianAccumulator& accumulator, const std::string& module);
-[[noreturn]] void refuse_shard(const std::string& module);
+FixedPointExponents exponents_of_first_shard(HessianAccumulator& accumulator, const std::string& module,
+                                             const BatchShard& shard);
+[[noreturn]] void refuse_shard(const std::string& module, const BatchShard& shard);
 // Gives the Hessians, and what is beside them, the levels that any rank's have. Collective.
 void agree_on_levels(Control& control, std::vector<ReducedHessian>& hessians);
 
@@ -45,8 +48,9 @@ struct QuantizedGroup {
 // From the Hessian of a LinearGroup to its codes, on any ranks: the bytes do not depend on them.
 class GroupSolver {
 public:
-    // `options`: grid.group_size as in the job: -1 is one group a row. `tokens`: of the job.
-    GroupSolver(Backend& backend, const ModelGraph& graph, const GptqOptions& options, std::int64_t tokens);
+    // `tokens`: of the job. Only for groups that the scheme quantizes.
+    GroupSolver(Backend& backend, const ModelGraph& graph, const QuantizationScheme& scheme,
+                std::int64_t tokens);
 
     // Factors a summed Hessian into its workspace. On the calling rank alone.
     FactorOutcome factor(int block, std::size_t stage, ReducedHessian& hessian) const;
@@ -54,27 +58,34 @@ public:
     static FactorOutcome share(const Team& team, int owner, const FactorOutcome& outcome, TensorView factor);
     // The damped Hessian for solve(), on all ranks of the team; empty when nothing is refined. `hessian`: on
     // `owner`, with its sum. Collective.
-    Tensor share_damped(const Team& team, int owner, std::size_t stage, const FactorOutcome& outcome,
-                        ReducedHessian* hessian) const;
+    Tensor share_damped(const Team& team, int owner, int block, std::size_t stage,
+                        const FactorOutcome& outcome, ReducedHessian* hessian) const;
     // Each rank of the team solves its rows, then all have all. `factor`: as `factor()` left it, `cross` and
     // `damped`: as solve_rows takes them. Collective.
-    QuantizedGroup solve(const Team& team, std::size_t stage, const std::vector<LinearWeights>& weights,
-                         ConstTensorView factor, const FactorOutcome& outcome, ConstTensorView cross = {},
+    QuantizedGroup solve(const Team& team, int block, std::size_t stage,
+                         const std::vector<LinearWeights>& weights, ConstTensorView factor,
+                         const FactorOutcome& outcome, ConstTensorView cross = {},
                          ConstTensorView damped = {}) const;
     // D of all shards from its sums, in its workspace, for solve(). `exponents`: of the Hessian's level 0.
     void finish(CrossAccumulator& cross, const FixedPointExponents& exponents) const;
+
+    // tr(W H Wᵀ) of each linear of the group. Collective.
+    std::vector<double> signal(const Team& team, int block, std::size_t stage,
+                               const std::vector<LinearWeights>& weights, ConstTensorView factor,
+                               const FactorOutcome& outcome) const;
 
     // "model.layers.3.self_attn.q_proj", for messages.
     std::string module(int block, std::size_t stage) const;
 
 private:
-    GptqOptions options_for(const LinearGroup& group) const;
+    const LinearGroup& group_at(int block, std::size_t stage) const;
+    GptqOptions options_at(int block, std::size_t stage) const;
     Tensor stored_rows(const LinearGroup& group, const std::vector<LinearWeights>& weights,
                        RowRange range) const;
 
     Backend& backend_;
     const ModelGraph& graph_;
-    GptqOptions options_;
+    const QuantizationScheme& scheme_;
     std::int64_t tokens_;
 };
 

@@ -9,7 +9,7 @@ namespace {
 
 // "model.layers.3.self_attn.q_proj": what messages call a Hessian.
 std::string module_of(const ModelGraph& graph, int block, std::size_t stage) {
-    return graph.in_block(block, graph.stages[stage].group.linears.front().name);
+    return graph.in_block(block, graph.stages_of(block)[stage].group.linears.front().name);
 }
 
 }  // namespace
@@ -22,9 +22,11 @@ HessianStream::HessianStream(Backend& backend, const ModelGraph& graph, const La
       graph_(graph),
       links_(links),
       coordinator_(coordinator),
+      shards_(shards),
       sequences_(sequences),
       group_(plan.group_of(rank)),
       sweeps_(plan.sweeps.size()),
+      last_block_(plan.sweeps.back().back().end - 1),
       job_shards_(static_cast<std::int64_t>(shards.size())),
       hidden_(backend, graph.hidden_size, plan, rank, links, shards),
       forward_(backend, graph, limits_of(shards).tokens, limits_of(shards).length),
@@ -44,7 +46,7 @@ void HessianStream::run(std::size_t sweep, ConstTensorView embedding, std::vecto
         if (hidden_.embeds()) backend_.embed(tokens_of(*items[i].batch, sequences_), embedding, hidden);
         compute(items[i], hidden, held);
         hidden_.pass(i);
-        if (items[i].closes_shard) close_shard(held);
+        if (items[i].closes_shard) close_shard(shards_[items[i].shard], held);
     }
     if (!agreed_) agree_on_exponents(held);  // a rank without shards
     const Stopwatch wait;
@@ -61,7 +63,7 @@ void HessianStream::prepare(std::vector<HeldBlock>& held) const {
                 backend_.convert(linear.stored, linear.forward);
             }
         }
-        for (const Stage& stage : graph_.stages) {
+        for (const Stage& stage : graph_.stages_of(block.block)) {
             block.hessians.push_back({HessianAccumulator(backend_, stage.group.columns(), job_shards_), {}});
         }
     }
@@ -82,27 +84,28 @@ void HessianStream::compute(const StreamItem& item, TensorView hidden, std::vect
 }
 
 void HessianStream::run_block(HeldBlock& held, const BatchState& state) {
-    for (std::size_t stage = 0; stage < graph_.stages.size(); ++stage) {
+    const std::vector<Stage>& stages = graph_.stages_of(held.block);
+    for (std::size_t stage = 0; stage < stages.size(); ++stage) {
         StageSeconds& seconds = held.seconds[stage];
         Stopwatch watch;
-        const TensorView input = forward_.stage_input(graph_.stages[stage], held.weights, state);
+        const TensorView input = forward_.stage_input(stages[stage], held.weights, state);
         seconds.forward += watch.restart();
         held.hessians[stage].accumulator.add(input);
         seconds.hessian += watch.restart();
         // Nobody reads what the model's last linears put out.
-        const bool last = held.block + 1 == graph_.blocks && stage + 1 == graph_.stages.size();
+        const bool last = held.block == last_block_ && stage + 1 == stages.size();
         if (!last) forward_.run_stage(stage, input, held.weights, state);
         seconds.forward += watch.seconds();
     }
 }
 
-void HessianStream::close_shard(std::vector<HeldBlock>& held) {
+void HessianStream::close_shard(const BatchShard& shard, std::vector<HeldBlock>& held) {
     if (!agreed_) agree_on_exponents(held);
     for_each_hessian(held, [&](HeldBlock& block, std::size_t stage) {
         const Stopwatch watch;
         ReducedHessian& hessian = block.hessians[stage];
         if (!hessian.accumulator.close_shard(hessian.exponents)) {
-            refuse_shard(module_of(graph_, block.block, stage));
+            refuse_shard(module_of(graph_, block.block, stage), shard);
         }
         block.seconds[stage].hessian += watch.seconds();
     });
@@ -114,14 +117,14 @@ void HessianStream::agree_on_exponents(std::vector<HeldBlock>& held) {
     FixedPointExponents all;
     for_each_hessian(held, [&](HeldBlock& block, std::size_t stage) {
         if (control.rank() != 0) return;
-        const FixedPointExponents chosen = exponents_of_first_shard(block.hessians[stage].accumulator,
-                                                                    module_of(graph_, block.block, stage));
+        const FixedPointExponents chosen = exponents_of_first_shard(
+            block.hessians[stage].accumulator, module_of(graph_, block.block, stage), shards_.front());
         all.insert(all.end(), chosen.begin(), chosen.end());
     });
     all = from_message<std::int32_t>(control.broadcast(as_message(all), 0));
     auto next = all.begin();
     for_each_hessian(held, [&](HeldBlock& block, std::size_t stage) {
-        const auto end = next + graph_.stages[stage].group.columns();
+        const auto end = next + graph_.stages_of(block.block)[stage].group.columns();
         block.hessians[stage].exponents.assign(next, end);
         next = end;
     });

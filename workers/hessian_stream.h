@@ -44,7 +44,7 @@ private:
     void prepare(std::vector<HeldBlock>& held) const;
     void compute(const StreamItem& item, TensorView hidden, std::vector<HeldBlock>& held);
     void run_block(HeldBlock& held, const BatchState& state);
-    void close_shard(std::vector<HeldBlock>& held);
+    void close_shard(const BatchShard& shard, std::vector<HeldBlock>& held);
     void agree_on_exponents(std::vector<HeldBlock>& held);
     void report(std::size_t sweep, std::size_t item);
 
@@ -52,9 +52,11 @@ private:
     const ModelGraph& graph_;
     LayerLinks& links_;
     Coordinator& coordinator_;
+    std::span<const BatchShard> shards_;
     const std::vector<std::vector<std::int32_t>>& sequences_;
     int group_;
     std::size_t sweeps_;
+    int last_block_;  // lm_head, or the last block before it
     std::int64_t job_shards_;
     HiddenStream hidden_;
     BlockForward forward_;

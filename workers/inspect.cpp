@@ -9,7 +9,7 @@
 #include <optional>
 
 #include "jobs/text.h"
-#include "pipeline/checkpoint_reader.h"
+#include "pipeline/block_weights.h"
 #include "pipeline/gptq_format.h"
 #include "workers/verify_checkpoint.h"
 
@@ -121,13 +121,13 @@ std::string to_table(const std::map<std::string, Row>& rows) {
 std::string inspect_checkpoint(const std::filesystem::path& directory) {
     const CheckpointReader reader(directory);
     verify_checkpoint(reader);
-    const std::optional<GptqScheme> scheme = scheme_of(reader);
+    const std::optional<GptqSchemes> schemes = schemes_of(reader);
     std::map<std::string, Row> rows;
     ScaleCount scales;
     for (const auto& [name, tensor] : reader.tensors()) {
-        if (scheme && name.ends_with(kQweight)) {
+        if (schemes && name.ends_with(kQweight)) {
             const std::string prefix = name.substr(0, name.size() - kQweight.size());
-            add(rows, prefix, row_of_linear(reader, prefix, *scheme));
+            add(rows, prefix, row_of_linear(reader, prefix, scheme_of_module(*schemes, prefix, reader)));
             count_scales(reader, prefix, scales);
         } else if (!belongs_to_quantized(reader, name)) {
             add(rows, name,

@@ -15,6 +15,7 @@ namespace quantmill {
 namespace {
 
 std::string fallback_of(const FactorOutcome& outcome) {
+    if (outcome.few_tokens) return fallback_few_tokens;
     if (outcome.round_to_nearest) return fallback_rounding;
     return outcome.damping_raised ? fallback_damping : "";
 }
@@ -23,7 +24,7 @@ std::string fallback_of(const FactorOutcome& outcome) {
 
 std::vector<LinearReport> report_group(const PreparedJob& job, int block, std::size_t stage,
                                        const QuantizedGroup& result, double io_seconds) {
-    const LinearGroup& group = job.graph.stages[stage].group;
+    const LinearGroup& group = job.graph.stages_of(block)[stage].group;
     std::vector<LinearReport> linears;
     for (std::size_t l = 0; l < group.linears.size(); ++l) {
         const Linear& linear = group.linears[l];
@@ -55,6 +56,15 @@ std::vector<LinearReport> report_group(const PreparedJob& job, int block, std::s
                      result.outcome.damp_percent, result.outcome.dead_columns.size(),
                      fallback_of(result.outcome));
     }
+    const std::string fallback = fallback_of(result.outcome);
+    if (!fallback.empty() && job.spec.quantization.on_fallback == "error") {
+        throw BadInput(
+            "{}: {} where GPTQ was asked for (damping {:.3f}, {} tokens for a width of {}), and "
+            "quantization.on_fallback is error: give more calibration tokens, or raise "
+            "quantization.damp_percent",
+            linears.front().module, fallback, result.outcome.damp_percent, linears.front().tokens,
+            group.columns());
+    }
     return linears;
 }
 
@@ -80,31 +90,47 @@ Report begin_report(const PreparedJob& job, Control& control, const Backend& bac
     return report;
 }
 
-std::vector<LinearReport> gather_linears(const ModelGraph& graph, Control& control,
+std::vector<LinearReport> gather_linears(const PreparedJob& job, Control& control,
                                          const std::vector<LinearReport>& own) {
     nlohmann::json mine = nlohmann::json::array();
     for (const LinearReport& l : own) {
-        mine.push_back({l.module, l.block, l.group, l.rows, l.columns, l.bits, l.group_size, l.loss,
-                        l.mean_squared_error, l.tokens, l.damp_percent, l.dead_columns, l.fallback,
-                        l.error_propagation_alpha, l.forward_seconds, l.hessian_seconds, l.factor_seconds,
-                        l.solve_seconds, l.io_seconds});
+        mine.push_back({l.module,
+                        l.block,
+                        l.group,
+                        l.rows,
+                        l.columns,
+                        l.bits,
+                        l.group_size,
+                        l.loss,
+                        l.signal,
+                        l.mean_squared_error,
+                        l.tokens,
+                        l.damp_percent,
+                        l.dead_columns,
+                        l.fallback,
+                        l.error_propagation_alpha,
+                        l.forward_seconds,
+                        l.hessian_seconds,
+                        l.factor_seconds,
+                        l.solve_seconds,
+                        l.io_seconds});
     }
     std::map<std::string, LinearReport> found;
     for (const std::string& message : control.all_gather(mine.dump())) {
         for (const auto& f : nlohmann::json::parse(message)) {
-            found.emplace(f.at(0), LinearReport{f.at(0), f.at(1), f.at(2), f.at(3), f.at(4), f.at(5), f.at(6),
-                                                f.at(7), f.at(8), f.at(9), f.at(10), f.at(11), f.at(12),
-                                                f.at(13), f.at(14), f.at(15), f.at(16), f.at(17), f.at(18)});
+            found.emplace(f.at(0),
+                          LinearReport{f.at(0),  f.at(1),  f.at(2),  f.at(3),  f.at(4),  f.at(5),  f.at(6),
+                                       f.at(7),  f.at(8),  f.at(9),  f.at(10), f.at(11), f.at(12), f.at(13),
+                                       f.at(14), f.at(15), f.at(16), f.at(17), f.at(18), f.at(19)});
         }
     }
     std::vector<LinearReport> ordered;
-    for (int block = 0; block < graph.blocks; ++block) {
-        for (const Stage& stage : graph.stages) {
-            for (const Linear& linear : stage.group.linears) {
-                ordered.push_back(found.at(graph.in_block(block, linear.name)));
-            }
-        }
-    }
+    for_each_quantized(job.graph, job.scheme,
+                       [&](int block, std::size_t, const LinearGroup& group, const GptqOptions&) {
+                           for (const Linear& linear : group.linears) {
+                               ordered.push_back(found.at(job.graph.in_block(block, linear.name)));
+                           }
+                       });
     return ordered;
 }
 

@@ -18,7 +18,7 @@ std::vector<LinearReport> report_group(const PreparedJob& job, int block, std::s
                                        const QuantizedGroup& result, double io_seconds);
 
 // Brings the linears that different ranks solved to all ranks, in the order of the model. Collective.
-std::vector<LinearReport> gather_linears(const ModelGraph& graph, Control& control,
+std::vector<LinearReport> gather_linears(const PreparedJob& job, Control& control,
                                          const std::vector<LinearReport>& own);
 
 }  // namespace quantmill

@@ -144,6 +144,22 @@ bool spans_hosts(const World& world, const std::vector<int>& ranks) {
     });
 }
 
+// lm_head goes with the last block, to whom holds it.
+void add_head(LayerPlan& plan, int blocks) {
+    std::vector<BlockRange>& ranges = plan.sweeps.back();
+    auto last = std::ranges::find(ranges, blocks, &BlockRange::end);
+    last->end = blocks + 1;
+    for (++last; last != ranges.end(); ++last) *last = {blocks + 1, blocks + 1};
+}
+
+// Of its weights as stored and as multiplied with, and of its Hessian.
+std::uint64_t bytes_of_head(const PlannedWork& work) {
+    const LinearGroup& head = work.graph->head.front().group;
+    return static_cast<std::uint64_t>(head.rows() * head.columns()) *
+               (work.stored_bytes + size_of(work.activation)) +
+           HessianAccumulator::bytes(head.columns());
+}
+
 }  // namespace
 
 int World::host_count() const {
@@ -193,10 +209,11 @@ World imagine_world(int size, int ranks_per_host, std::uint64_t memory) {
     return world;
 }
 
-bool same_factor(const QuantizationSpec& a, const QuantizationSpec& b) {
+bool same_factor(const GptqOptions& a, const GptqOptions& b) {
     const bool same_order = a.desc_act == b.desc_act && a.act_group_aware == b.act_group_aware &&
-                            (!a.act_group_aware || a.group_size == b.group_size);
-    return a.damp_percent == b.damp_percent && a.damp_auto_increment == b.damp_auto_increment && same_order;
+                            (!a.act_group_aware || a.grid.group_size == b.grid.group_size);
+    return a.damp_percent == b.damp_percent && a.auto_damping == b.auto_damping &&
+           a.damp_auto_increment == b.damp_auto_increment && same_order;
 }
 
 PlannedWork planned_work(std::span<const PreparedJob> outputs, const Backend& backend) {
@@ -213,7 +230,7 @@ PlannedWork planned_work(std::span<const PreparedJob> outputs, const Backend& ba
         work.written_bytes += static_cast<double>(outputs[o].layout.total_bytes());
         if (o == 0) continue;
         work.solves += 1.0;
-        if (!same_factor(outputs[o - 1].spec.quantization, outputs[o].spec.quantization)) work.factors += 1.0;
+        if (!same_factor(outputs[o - 1].scheme.usual(), outputs[o].scheme.usual())) work.factors += 1.0;
     }
     return work;
 }
@@ -333,16 +350,26 @@ LayerPlan layers_of(std::span<const PreparedJob> outputs, const World& world, co
     const PreparedJob& job = outputs.front();
     const std::optional<std::int64_t>& groups = job.spec.compute.layer_groups;
     if (job.spec.quantization.propagate == "quantized") return row_groups(world, groups);
-    if (!job.spec.calibration.hessians.empty()) return plan_without_stream(world.hosts, job.graph.blocks);
-    return plan_layers(planned_work(outputs, backend), world, usual_rates(backend.name()), groups);
+    if (!job.spec.calibration.hessians.empty()) {
+        return plan_without_stream(world.hosts, job.graph.blocks + (job.head ? 1 : 0));
+    }
+    LayerPlan plan = plan_layers(planned_work(outputs, backend), world, usual_rates(backend.name()), groups);
+    if (job.head) add_head(plan, job.graph.blocks);
+    return plan;
 }
 
 LayerMemory layer_memory(const PlannedWork& work, const LayerPlan& plan, int rank) {
     const auto group = static_cast<std::size_t>(plan.group_of(rank));
-    int most = 0;
-    for (const auto& sweep : plan.sweeps) most = std::max(most, sweep[group].count());
+    std::uint64_t most = 0;
+    for (const auto& sweep : plan.sweeps) {
+        const BlockRange& range = sweep[group];
+        const bool head = !range.empty() && range.end > work.graph->blocks;
+        most =
+            std::max(most, static_cast<std::uint64_t>(range.count() - (head ? 1 : 0)) * bytes_of_block(work) +
+                               (head ? bytes_of_head(work) : 0));
+    }
     const double tokens = load_of(work, plan.index_of(rank), plan.groups[group].size()).tokens;
-    return {static_cast<std::uint64_t>(most) * bytes_of_block(work),
+    return {most,
             HiddenStream::bytes(work.graph->hidden_size, static_cast<std::int64_t>(tokens),
                                 limits_of(work.shards).tokens, plan.sweeps.size() > 1 && group == 0,
                                 work.activation),

@@ -43,7 +43,7 @@ struct PlannedWork {
 // Of a job that writes these checkpoints.
 PlannedWork planned_work(std::span<const PreparedJob> outputs, const Backend& backend);
 // Whether two outputs can share the factor of a Hessian.
-bool same_factor(const QuantizationSpec& a, const QuantizationSpec& b);
+bool same_factor(const GptqOptions& a, const GptqOptions& b);
 
 // Seconds at which the parts of a group's work end, counted from the start of the job.
 struct GroupTimeline {

@@ -2,12 +2,12 @@
 
 #include <algorithm>
 #include <cmath>
+#include <optional>
 
 #include "pipeline/fingerprint.h"
 #include "pipeline/model_card.h"
 #include "pipeline/stopwatch.h"
 #include "workers/calibration_batches.h"
-#include "workers/gptq_options.h"
 #include "workers/layer_planner.h"
 
 namespace quantmill {
@@ -47,9 +47,9 @@ std::string hessian_store_obstacle(const PreparedJob& job, Control& control) {
     std::string obstacle;
     if (control.rank() == 0) {
         try {
-            if (!spec.hessians.empty()) HessianStore(spec.hessians, job.graph, origin).require_complete();
+            if (!spec.hessians.empty()) HessianStore(spec.hessians, job.graph, origin, job.head).require_complete();
             if (!spec.save_hessians.empty()) {
-                HessianStore(spec.save_hessians, job.graph, origin).require_no_other();
+                HessianStore(spec.save_hessians, job.graph, origin, job.head).require_no_other();
             }
         } catch (const BadInput& error) {
             obstacle = error.what();
@@ -63,21 +63,22 @@ void require_hessian_stores(const PreparedJob& job, Control& control) {
     if (spec.hessians.empty() && spec.save_hessians.empty()) return;
     const HessianOrigin origin = hessian_origin(job, control);
     if (control.rank() == 0 && !spec.hessians.empty()) {
-        HessianStore(spec.hessians, job.graph, origin).require_complete();
+        HessianStore(spec.hessians, job.graph, origin, job.head).require_complete();
     }
     if (control.rank() == 0 && !spec.save_hessians.empty()) {
-        HessianStore(spec.save_hessians, job.graph, origin).prepare();
+        HessianStore(spec.save_hessians, job.graph, origin, job.head).prepare();
     }
     control.barrier();
 }
 
 LayerRun::LayerRun(const std::vector<PreparedJob>& outputs, const LayerPlan& plan, Control& control,
-                   Backend& backend, Coordinator& coordinator)
+                   Backend& backend, Coordinator& coordinator, Purpose purpose)
     : outputs_(outputs),
       plan_(plan),
       control_(control),
       backend_(backend),
       coordinator_(coordinator),
+      purpose_(purpose),
       group_(static_cast<std::size_t>(plan.group_of(control.rank()))),
       links_(control, backend, outputs.front().spec.compute.communicator, plan,
              outputs.front().shards.size()),
@@ -86,18 +87,18 @@ LayerRun::LayerRun(const std::vector<PreparedJob>& outputs, const LayerPlan& pla
       reports_(outputs.size()) {
     coordinator.set_group(static_cast<int>(group_));
     for (const PreparedJob& output : outputs) {
-        solvers_.emplace_back(backend, output.graph, gptq_options(output.spec.quantization, is_bf16(output)),
-                              tokens_of_shards(output.shards));
+        solvers_.emplace_back(backend, output.graph, output.scheme, tokens_of_shards(output.shards));
     }
     const CalibrationSpec& calibration = job().spec.calibration;
     if (!calibration.hessians.empty()) {
-        given_ =
-            std::make_unique<HessianStore>(calibration.hessians, job().graph, hessian_origin(job(), control));
+        given_ = std::make_unique<HessianStore>(calibration.hessians, job().graph,
+                                                hessian_origin(job(), control), job().head);
     }
     if (!calibration.save_hessians.empty()) {
         saved_ = std::make_unique<HessianStore>(calibration.save_hessians, job().graph,
-                                                hessian_origin(job(), control));
+                                                hessian_origin(job(), control), job().head);
     }
+    if (purpose_ == Purpose::measure) return;
     open_outputs();
     expect_deliveries();
 }
@@ -121,13 +122,15 @@ void LayerRun::open_outputs() {
 void LayerRun::expect_deliveries() {
     for_each_solve(job().graph, backend_.name(), plan_, [&](int leader, const SolveTask& task) {
         const std::vector<std::string> tensors = tensors_of(job().graph, task);
-        for (std::size_t o = 0; o < outputs_.size(); ++o) delivery_->expect(leader, o, tensors);
+        for (std::size_t o = 0; o < outputs_.size(); ++o) {
+            if (outputs_[o].scheme.options_at(task.block, task.stage)) delivery_->expect(leader, o, tensors);
+        }
     });
 }
 
 std::vector<std::vector<LinearReport>> LayerRun::run() {
     const Stopwatch watch;
-    coordinator_.report("copying tensors that stay as they are", 0.0);
+    if (purpose_ == Purpose::write) coordinator_.report("copying tensors that stay as they are", 0.0);
     for (const auto& output : written_) output->copy_untouched();
     if (!given_) {
         stream_ = std::make_unique<HessianStream>(backend_, job().graph, plan_, links_, control_.rank(),
@@ -135,11 +138,15 @@ std::vector<std::vector<LinearReport>> LayerRun::run() {
     }
     prefetch(0);
     for (std::size_t sweep = 0; sweep < plan_.sweeps.size(); ++sweep) run_sweep(sweep);
-    coordinator_.report("writing", 1.0);
-    delivery_->finish();
+    if (purpose_ == Purpose::write) {
+        coordinator_.report("writing", 1.0);
+        delivery_->finish();
+    }
     run_seconds_ = watch.seconds();
     std::vector<std::vector<LinearReport>> all;
-    for (const auto& own : reports_) all.push_back(gather_linears(job().graph, control_, own));
+    for (std::size_t o = 0; o < outputs_.size(); ++o) {
+        all.push_back(gather_linears(outputs_[o], control_, reports_[o]));
+    }
     return all;
 }
 
@@ -167,7 +174,7 @@ std::vector<HeldBlock> LayerRun::load_blocks(BlockRange range) {
     for (int block = range.begin; block < range.end; ++block) {
         const Stopwatch watch;
         held.push_back({block, loader_.load_block(block), {}, {}});
-        held.back().seconds.resize(job().graph.stages.size());
+        held.back().seconds.resize(job().graph.stages_of(block).size());
         if (block + 1 < range.end) loader_.prefetch_block(block + 1);
         load_seconds_[block] = watch.seconds();
     }
@@ -249,8 +256,9 @@ void LayerRun::hand_over(std::vector<HeldBlock>& held, const SweepSolves& solves
 ReducedHessian LayerRun::read_hessian(const SolveTask& task) {
     report(task, "reading its Hessian");
     StoredHessian stored = given_->read(task.block, task.stage);
-    ReducedHessian hessian{HessianAccumulator(backend_, job().graph.stages[task.stage].group.columns(), 1),
-                           std::move(stored.exponents)};
+    ReducedHessian hessian{
+        HessianAccumulator(backend_, job().graph.stages_of(task.block)[task.stage].group.columns(), 1),
+        std::move(stored.exponents)};
     backend_.copy_from_host(stored.sum.data(), hessian.accumulator.sum());
     return hessian;
 }
@@ -287,13 +295,13 @@ void LayerRun::solve(std::size_t sweep, std::vector<HeldBlock>& held, const Swee
 }
 
 void LayerRun::report(const SolveTask& task, const char* doing) {
-    coordinator_.report(
-        fmt::format("block {} {}: {}", task.block, job().graph.stages[task.stage].group.name, doing),
-        solved_);
+    coordinator_.report(fmt::format("block {} {}: {}", task.block,
+                                    job().graph.stages_of(task.block)[task.stage].group.name, doing),
+                        solved_);
 }
 
 void LayerRun::solve_task(const SolveTask& task, const Team& team, HeldBlock& held) {
-    const std::int64_t columns = job().graph.stages[task.stage].group.columns();
+    const std::int64_t columns = job().graph.stages_of(task.block)[task.stage].group.columns();
     if (team.control.rank() != 0) {
         Tensor factor = backend_.empty({columns, columns}, DType::f32, "factor");
         solve_outputs(task, team, held, nullptr, factor);
@@ -310,27 +318,38 @@ void LayerRun::solve_task(const SolveTask& task, const Team& team, HeldBlock& he
 // `hessian`: on the rank that leads the team, else nothing; `factor`: room for its factor.
 void LayerRun::solve_outputs(const SolveTask& task, const Team& team, HeldBlock& held,
                              ReducedHessian* hessian, TensorView factor) {
-    const LinearGroup& group = job().graph.stages[task.stage].group;
+    const LinearGroup& group = job().graph.stages_of(task.block)[task.stage].group;
     const std::vector<LinearWeights>& weights = held.weights.stages[task.stage];
     FactorOutcome outcome;
+    std::optional<GptqOptions> factored;  // how the factor at hand was made
+    std::vector<double> signal(group.linears.size(), 0.0);
     for (std::size_t o = 0; o < outputs_.size(); ++o) {
+        const std::optional<GptqOptions>& options = outputs_[o].scheme.options_at(task.block, task.stage);
+        if (!options) continue;
         StageSeconds seconds = held.seconds[task.stage];
         Stopwatch watch;
-        if (o == 0 || !same_factor(outputs_[o - 1].spec.quantization, outputs_[o].spec.quantization)) {
+        if (!factored || !same_factor(*factored, *options)) {
             report(task, "factoring its Hessian");
             if (hessian != nullptr) outcome = solvers_[o].factor(task.block, task.stage, *hessian);
             outcome = GroupSolver::share(team, 0, outcome, factor);
             seconds.factor = watch.restart();
+            factored = options;
+            if (purpose_ == Purpose::measure) {
+                signal = solvers_[o].signal(team, task.block, task.stage, weights, factor, outcome);
+            }
         }
         report(task, "solving rows");
-        const Tensor damped = solvers_[o].share_damped(team, 0, task.stage, outcome, hessian);
-        QuantizedGroup result = solvers_[o].solve(team, task.stage, weights, factor, outcome, {}, damped);
+        const Tensor damped = solvers_[o].share_damped(team, 0, task.block, task.stage, outcome, hessian);
+        QuantizedGroup result =
+            solvers_[o].solve(team, task.block, task.stage, weights, factor, outcome, {}, damped);
         seconds.solve = watch.seconds();
         if (hessian == nullptr) continue;
         result.seconds = seconds;
         const double io = task.stage == 0 ? load_seconds_.at(task.block) : 0.0;
-        const auto linears = report_group(outputs_[o], task.block, task.stage, result, io);
+        auto linears = report_group(outputs_[o], task.block, task.stage, result, io);
+        for (std::size_t l = 0; l < linears.size(); ++l) linears[l].signal = signal[l];
         reports_[o].insert(reports_[o].end(), linears.begin(), linears.end());
+        if (purpose_ == Purpose::measure) continue;
         delivery_->deliver(o, written_[o]->encode_group(task.block, group, result.quantized, weights));
     }
 }

@@ -27,12 +27,15 @@ void require_hessian_stores(const PreparedJob& job, Control& control);
 // differ in their quantization; `outputs` has a job for each and the same model and calibration in all.
 class LayerRun {
 public:
+    // What becomes of the solved groups: `measure` drops them after their losses and signals are known.
+    enum class Purpose : std::uint8_t { write, measure };
+
     // Collective, as is run().
     LayerRun(const std::vector<PreparedJob>& outputs, const LayerPlan& plan, Control& control,
-             Backend& backend, Coordinator& coordinator);
+             Backend& backend, Coordinator& coordinator, Purpose purpose = Purpose::write);
 
     // Quantizes all blocks and hands every tensor to the rank that writes it. Returns the linears of each
-    // output, on all ranks.
+    // output, on all ranks. Only of a run that writes: finish() and describe().
     std::vector<std::vector<LinearReport>> run();
     // Closes the checkpoints; a report for each. Collective.
     void finish(const std::vector<Report>& reports);
@@ -64,6 +67,7 @@ private:
     Control& control_;
     Backend& backend_;
     Coordinator& coordinator_;
+    Purpose purpose_;
     std::size_t group_;
     LayerLinks links_;
     WeightLoader loader_;

@@ -11,11 +11,13 @@ namespace quantmill {
 SweepSolves solves_of(const ModelGraph& graph, const std::string& backend, const LayerPlan& plan,
                       std::size_t sweep, std::size_t group) {
     SweepSolves solves;
-    const BlockCost cost = block_cost(graph, usual_rates(backend), 0.0, 0.0);
+    const Rates rates = usual_rates(backend);
     const BlockRange range = plan.sweeps[sweep][group];
     for (int block = range.begin; block < range.end; ++block) {
-        for (std::size_t stage = 0; stage < graph.stages.size(); ++stage) {
-            solves.tasks.push_back({block, stage, cost.factor[stage], cost.solve[stage]});
+        const std::vector<StageWork> work = stage_work(graph.stages_of(block), graph.attention, 0.0);
+        for (std::size_t stage = 0; stage < work.size(); ++stage) {
+            solves.tasks.push_back(
+                {block, stage, rates.factor_seconds(work[stage]), work[stage].solve / rates.solve});
         }
     }
     solves.plan = plan_solves(solves.tasks, static_cast<int>(plan.groups[group].size()));
@@ -24,7 +26,7 @@ SweepSolves solves_of(const ModelGraph& graph, const std::string& backend, const
 
 std::vector<std::string> tensors_of(const ModelGraph& graph, const SolveTask& task) {
     std::vector<std::string> names;
-    for (const Linear& linear : graph.stages[task.stage].group.linears) {
+    for (const Linear& linear : graph.stages_of(task.block)[task.stage].group.linears) {
         const std::string prefix = graph.in_block(task.block, linear.name);
         for (const StoredTensor& tensor : gptq_tensors(prefix, linear.rows, linear.columns, {})) {
             names.push_back(tensor.name);

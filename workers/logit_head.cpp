@@ -5,8 +5,7 @@ namespace quantmill {
 LogitHead::LogitHead(Backend& backend, WeightLoader& loader, const ModelGraph& graph)
     : backend_(backend),
       graph_(graph),
-      norm_(loader.load_as(graph.final_norm, {graph.hidden_size}, DType::f32)),
-      head_(loader.to_forward(loader.load(graph.lm_head, {graph.vocab_size, graph.hidden_size}))),
+      weights_(loader.load_block_for_forward(graph.blocks)),
       normed_(backend, {kRows, graph.hidden_size}, backend.activation_dtype(), "normed hidden states"),
       logits_(backend, {kRows, graph.vocab_size}, DType::f32, "logits") {}
 
@@ -14,8 +13,8 @@ TensorView LogitHead::logits(ConstTensorView hidden) {
     const std::int64_t rows = hidden.extent(0);
     const TensorView normed = normed_.view().leading({rows, graph_.hidden_size});
     const TensorView logits = logits_.view().leading({rows, graph_.vocab_size});
-    backend_.rms_norm(hidden, norm_, graph_.norm_eps, normed);
-    backend_.linear(normed, head_, {}, logits);
+    backend_.rms_norm(hidden, weights_.norms.at(graph_.final_norm), graph_.norm_eps, normed);
+    backend_.linear(normed, weights_.stages.front().front().forward, {}, logits);
     return logits;
 }
 

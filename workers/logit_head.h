@@ -22,7 +22,8 @@ public:
 private:
     Backend& backend_;
     const ModelGraph& graph_;
-    Tensor norm_, head_, normed_, logits_;
+    BlockWeights weights_;  // of block number graph.blocks
+    Tensor normed_, logits_;
 };
 
 // Writes f32 logits [tokens of the job, V] as one safetensors file; ranks do not share it, so one rank only.

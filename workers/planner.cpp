@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <optional>
 #include <random>
 
 #include "jobs/text.h"
@@ -37,23 +38,62 @@ PlannedModel describe_model(const PreparedJob& job) {
     return model;
 }
 
+std::string scheme_text(const GptqOptions& options) {
+    const QuantizationGrid& grid = options.grid;
+    const std::string_view search = grid.search == ScaleSearch::mse       ? ", mse search of scales"
+                                    : grid.search == ScaleSearch::hessian ? ", hessian search of scales"
+                                                                          : "";
+    return fmt::format("{} bits, group_size {}, {}{}{}{}{}{}", grid.bits, grid.group_size,
+                       grid.sym ? "symmetric" : "asymmetric", options.desc_act ? ", desc_act" : "",
+                       options.act_group_aware ? ", act_group_aware" : "",
+                       options.static_groups ? ", static_groups" : "", search,
+                       grid.signed_scales ? ", signed scales" : "");
+}
+
+// The scheme that most linears have, and how many have others.
+std::string describe_scheme(const PreparedJob& job) {
+    std::int64_t other = 0, quantized = 0, all = 0;
+    for (const Stage& stage : job.graph.stages) {
+        all += static_cast<std::int64_t>(stage.group.linears.size()) * job.graph.blocks;
+    }
+    for_each_quantized(job.graph, job.scheme,
+                       [&](int block, std::size_t, const LinearGroup& group, const GptqOptions& options) {
+                           if (block == job.graph.blocks) return;
+                           const auto linears = static_cast<std::int64_t>(group.linears.size());
+                           quantized += linears;
+                           if (options != job.scheme.usual()) other += linears;
+                       });
+    std::string text = scheme_text(job.scheme.usual());
+    if (const auto& target = job.spec.quantization.target_bits) {
+        text = fmt::format("{} bits a weight on average, group_size {}, {}; bits chosen from measured losses",
+                           *target, job.scheme.usual().grid.group_size,
+                           job.scheme.usual().grid.sym ? "symmetric" : "asymmetric");
+        other = 0;
+    }
+    if (other > 0) text += fmt::format("; {} of {} linears by other rules", other, all);
+    if (quantized < all) text += fmt::format("; {} linears left as they are", all - quantized);
+    if (job.scheme.quantizes_head()) {
+        text += "; lm_head " + scheme_text(*job.scheme.options_at(job.graph.blocks, 0));
+    }
+    return text;
+}
+
 PlannedQuantization describe_quantization(const PreparedJob& job) {
-    const QuantizationSpec& spec = job.spec.quantization;
     PlannedQuantization quantization;
-    quantization.scheme = fmt::format(
-        "{} bits, group_size {}, {}{}{}{}{}{}", spec.bits, spec.group_size,
-        spec.sym ? "symmetric" : "asymmetric", spec.desc_act ? ", desc_act" : "",
-        spec.act_group_aware ? ", act_group_aware" : "", spec.static_groups ? ", static_groups" : "",
-        spec.scale_search == "minmax" ? "" : fmt::format(", {} search of scales", spec.scale_search),
-        spec.signed_scales ? ", signed scales" : "");
+    quantization.scheme = describe_scheme(job);
     for (const Stage& stage : job.graph.stages) {
         PlannedGroup group{stage.group.name, {}, stage.group.rows(), stage.group.columns()};
         for (const Linear& linear : stage.group.linears) group.linears.push_back(last_part(linear.name));
-        quantization.linears += static_cast<std::int64_t>(group.linears.size()) * job.graph.blocks;
         quantization.groups.push_back(std::move(group));
     }
-    quantization.parameters = job.graph.block_parameters() * job.graph.blocks;
-    quantization.left_alone = {"embedding", "lm_head", "norms"};
+    for_each_quantized(job.graph, job.scheme,
+                       [&](int, std::size_t, const LinearGroup& group, const GptqOptions&) {
+                           quantization.linears += static_cast<std::int64_t>(group.linears.size());
+                           quantization.parameters += group.rows() * group.columns();
+                       });
+    quantization.left_alone = {"embedding"};
+    if (!job.scheme.quantizes_head()) quantization.left_alone.emplace_back("lm_head");
+    quantization.left_alone.emplace_back("norms");
     return quantization;
 }
 
@@ -80,14 +120,13 @@ struct StageMemory {
     std::uint64_t total() const { return hessian + cross + solve; }
 };
 
-StageMemory memory_of_stage(const PreparedJob& job, const Backend& backend, const LinearGroup& group,
+StageMemory memory_of_solve(const GptqOptions& options, const Backend& backend, const LinearGroup& group,
                             int world_size) {
-    const QuantizationSpec& spec = job.spec.quantization;
     const std::int64_t rows = solve_ranges(group.rows(), world_size).front().count();
     const std::int64_t columns = group.columns();
-    const QuantizationGrid grid = grid_for({spec.bits, spec.group_size, spec.sym}, columns);
+    const QuantizationGrid grid = grid_for(options.grid, columns);
     const std::uint64_t mine = static_cast<std::uint64_t>(rows * columns) * sizeof(float);
-    const bool ordered = spec.desc_act || spec.act_group_aware;
+    const bool ordered = options.desc_act || options.act_group_aware;
     // Weights, codes, scales and zeros in the order of the walk.
     const std::uint64_t order =
         ordered ? mine + mine / sizeof(float) + static_cast<std::uint64_t>(3 * rows * grid.groups(columns))
@@ -96,7 +135,7 @@ StageMemory memory_of_stage(const PreparedJob& job, const Backend& backend, cons
     const auto codes = static_cast<std::uint64_t>(group.rows() * (columns + 3 * grid.groups(columns)));
     std::uint64_t solve = mine + codes + std::max(order + backend.solve_workspace(rows, columns, grid), mine);
     StageMemory memory{.hessian = HessianAccumulator::bytes(columns)};
-    if (propagates_error(job)) {
+    if (options.error_propagation_alpha > 0.0) {
         solve = mine + std::max(solve, mine + codes + backend.propagate_workspace(rows, columns));
         memory.cross = CrossAccumulator::bytes(columns);
     }
@@ -117,6 +156,20 @@ std::uint64_t original_weights(const PreparedJob& job, std::uint64_t element) {
     return static_cast<std::uint64_t>(most) * element;
 }
 
+// The most that any block's stage takes; nothing where none is quantized.
+StageMemory memory_of_stage(const PreparedJob& job, const Backend& backend, std::size_t stage,
+                            int world_size) {
+    StageMemory most;
+    const LinearGroup& group = job.graph.stages[stage].group;
+    for (int block = 0; block < job.graph.blocks; ++block) {
+        const std::optional<GptqOptions>& options = job.scheme.options_at(block, stage);
+        if (!options) continue;
+        const StageMemory memory = memory_of_solve(*options, backend, group, world_size);
+        most = {memory.hessian, memory.cross, std::max(most.solve, memory.solve)};
+    }
+    return most;
+}
+
 // What a rank holds at most, by purpose, without its calibration activations.
 // `row_ranks`: those that share the rows.
 std::vector<NamedBytes> fixed_memory(const PreparedJob& job, const Backend& backend, int world_size,
@@ -128,8 +181,8 @@ std::vector<NamedBytes> fixed_memory(const PreparedJob& job, const Backend& back
     const std::uint64_t computed = size_of(backend.activation_dtype());
     StageMemory peak;
     std::uint64_t hessians = 0, crosses = 0;
-    for (const Stage& stage : graph.stages) {
-        const StageMemory memory = memory_of_stage(job, backend, stage.group, row_ranks);
+    for (std::size_t stage = 0; stage < graph.stages.size(); ++stage) {
+        const StageMemory memory = memory_of_stage(job, backend, stage, row_ranks);
         hessians += memory.hessian;
         crosses += memory.cross;
         if (memory.total() > peak.total()) peak = memory;
@@ -154,6 +207,13 @@ std::vector<NamedBytes> fixed_memory(const PreparedJob& job, const Backend& back
                           peak.cross + norm + original_weights(job, computed)});
     }
     if (embedding > in_block) memory.push_back({"embedding, before the blocks", embedding - in_block});
+    if (job.scheme.quantizes_head()) {
+        const StageMemory solve = memory_of_solve(*job.scheme.options_at(graph.blocks, 0), backend,
+                                                  graph.head.front().group, row_ranks);
+        const std::uint64_t held = std::max(in_block, embedding);
+        const std::uint64_t head = embedding + solve.total();
+        if (head > held) memory.push_back({"lm_head, after the blocks", head - held});
+    }
     return memory;
 }
 
@@ -379,38 +439,62 @@ void add_cost_of_activations(const PreparedJob& job, const Rates& rates, const B
     plan.layers.seconds += time.total() - before;
 }
 
-void find_obstacles(const PreparedJob& job, Plan& plan) {
-    const QuantizationSpec& spec = job.spec.quantization;
-    const GptqFormat format = gptq_format_from(job.spec.output.format);
-    const std::int64_t shards = job.spec.output.tensor_parallel;
-    std::vector<std::string>& unservable = job.spec.output.allow_unservable ? plan.warnings : plan.problems;
-    for (const Stage& stage : job.graph.stages) {
+// What speaks against storing a linear so, or serving it; each said once, whatever blocks it concerns.
+class Obstacles {
+public:
+    Obstacles(const OutputSpec& output, Plan& plan)
+        : format_(gptq_format_from(output.format)),
+          shards_(output.tensor_parallel),
+          problems_(plan.problems),
+          unservable_(output.allow_unservable ? plan.warnings : plan.problems) {}
+
+    void find(const Stage& stage, const GptqOptions& options) {
         for (const Linear& linear : stage.group.linears) {
-            const QuantizationGrid grid = grid_for({spec.bits, spec.group_size, spec.sym}, linear.columns);
-            if (const std::string obstacle = gptq_obstacle(linear.rows, linear.columns, grid, format);
+            const QuantizationGrid grid = grid_for(options.grid, linear.columns);
+            if (const auto obstacle = gptq_obstacle(linear.rows, linear.columns, grid, format_);
                 !obstacle.empty()) {
-                plan.problems.push_back(fmt::format("{}: {}", linear.name, obstacle));
+                add(problems_, fmt::format("{}: {}", linear.name, obstacle));
             }
-            // Inner widths (of linears that feed the residual) are split by columns, the others by rows.
-            const std::int64_t unit = stage.residual ? shards * grid.group_size : grid.group_size;
-            if (linear.columns % unit != 0 && spec.group_size > 0) {
-                unservable.push_back(fmt::format(
-                    "{}: its width {} is not a multiple of {}group_size {}: vLLM, SGLang and the Marlin and "
-                    "ExLlama "
-                    "kernels refuse it; choose another quantization.group_size, or output.allow_unservable: "
-                    "true",
-                    linear.name, linear.columns,
-                    stage.residual && shards > 1 ? fmt::format("tensor_parallel {} x ", shards) : "",
-                    grid.group_size));
-            }
-            if (!stage.residual && linear.rows % (shards * 32) != 0 && shards > 1) {
-                unservable.push_back(
+            if (options.grid.group_size > 0) find_in_width(stage, linear, grid);
+            if (!stage.residual && linear.rows % (shards_ * 32) != 0 && shards_ > 1) {
+                add(unservable_,
                     fmt::format("{}: its {} rows cannot be split over tensor_parallel {} in whole "
                                 "32-bit words: vLLM and SGLang refuse it",
-                                linear.name, linear.rows, shards));
+                                linear.name, linear.rows, shards_));
             }
         }
     }
+
+private:
+    // Inner widths (of linears that feed the residual) are split by columns, the others by rows.
+    void find_in_width(const Stage& stage, const Linear& linear, const QuantizationGrid& grid) {
+        const std::int64_t unit = stage.residual ? shards_ * grid.group_size : grid.group_size;
+        if (linear.columns % unit == 0) return;
+        add(unservable_,
+            fmt::format(
+                "{}: its width {} is not a multiple of {}group_size {}: vLLM, SGLang and the Marlin and "
+                "ExLlama "
+                "kernels refuse it; choose another quantization.group_size, or output.allow_unservable: true",
+                linear.name, linear.columns,
+                stage.residual && shards_ > 1 ? fmt::format("tensor_parallel {} x ", shards_) : "",
+                grid.group_size));
+    }
+
+    static void add(std::vector<std::string>& list, const std::string& text) {
+        if (std::find(list.begin(), list.end(), text) == list.end()) list.push_back(text);
+    }
+
+    GptqFormat format_;
+    std::int64_t shards_;
+    std::vector<std::string>&problems_, &unservable_;
+};
+
+void find_obstacles(const PreparedJob& job, Plan& plan) {
+    Obstacles obstacles(job.spec.output, plan);
+    for_each_quantized(job.graph, job.scheme,
+                       [&](int block, std::size_t stage, const LinearGroup&, const GptqOptions& options) {
+                           obstacles.find(job.graph.stages_of(block)[stage], options);
+                       });
 }
 
 // What rank 0, which will prepare the output directory, has against it.
@@ -428,15 +512,33 @@ void find_output_obstacle(const PreparedJob& job, Control& control, bool overwri
 }
 
 void find_warnings(const PreparedJob& job, Plan& plan) {
-    const QuantizationSpec& spec = job.spec.quantization;
-    if (!spec.sym) {
+    bool asymmetric = false, mixed = false;
+    int bits = 8;
+    for_each_quantized(job.graph, job.scheme,
+                       [&](int block, std::size_t, const LinearGroup&, const GptqOptions& options) {
+                           asymmetric = asymmetric || !options.grid.sym;
+                           mixed = mixed || (block < job.graph.blocks && options != job.scheme.usual());
+                           bits = std::min(bits, options.grid.bits);
+                       });
+    if (asymmetric) {
         plan.warnings.emplace_back(
             "sym: false is loaded by GPTQModel and transformers; vLLM and most SGLang kernels "
             "take symmetric checkpoints only");
     }
-    if (spec.bits < 4) {
-        plan.warnings.push_back(fmt::format(
-            "{} bits load in GPTQModel and SGLang; vLLM's gptq loader takes 4 and 8 bits", spec.bits));
+    if (bits < 4) {
+        plan.warnings.push_back(
+            fmt::format("{} bits load in GPTQModel and SGLang; vLLM's gptq loader takes 4 and 8 bits", bits));
+    }
+    if (mixed) {
+        plan.warnings.emplace_back(
+            "linears of different schemes load in GPTQModel, vLLM and SGLang; transformers takes all for "
+            "alike "
+            "and computes nonsense");
+    }
+    if (job.scheme.quantizes_head()) {
+        plan.warnings.emplace_back(
+            "a quantized lm_head loads in GPTQModel, vLLM and SGLang; transformers does not find its "
+            "weights");
     }
     std::int64_t widest = 0;
     for (const Stage& stage : job.graph.stages) widest = std::max(widest, stage.group.columns());

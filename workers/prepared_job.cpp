@@ -1,10 +1,13 @@
 #include "workers/prepared_job.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 
 #include "kernels/half.h"
 #include "pipeline/block_weights.h"
+#include "workers/bit_choice.h"
+#include "workers/job_scheme.h"
 
 namespace quantmill {
 namespace {
@@ -45,10 +48,18 @@ void require_tensors(const CheckpointReader& reader, const ModelGraph& graph) {
     }
 }
 
-OutputLayout layout_of(const JobSpec& spec, const CheckpointReader& reader, const ModelGraph& graph) {
-    const QuantizationSpec& quantization = spec.quantization;
-    return plan_output(reader, graph, {quantization.bits, quantization.group_size, quantization.sym},
-                       spec.output.max_shard_size);
+// Whether the model is one of bfloat16, by its first linear: consumers then compute in that type.
+bool is_bf16(const CheckpointReader& reader, const ModelGraph& graph) {
+    const std::string& first = graph.stages.front().group.linears.front().name;
+    return weight_dtype(reader, graph.in_block(0, first) + ".weight") == DType::bf16;
+}
+
+// With a target what can be said of it before it is measured.
+QuantizationScheme planned_scheme(const JobSpec& spec, const CheckpointReader& reader,
+                                  const ModelGraph& graph) {
+    QuantizationScheme scheme = scheme_of_job(spec, graph, is_bf16(reader, graph));
+    if (!spec.quantization.target_bits) return scheme;
+    return BitChoiceMaker(spec, graph, scheme).provisional();
 }
 
 // Biases are written as float16 whatever the source holds; beyond its range that would be an infinity.
@@ -107,18 +118,21 @@ PreparedJob prepare_job(const JobSpec& spec, std::int64_t micro_batch_tokens) {
          spec.model / "tokenizer.json", spec.calibration.allow_tokenizer_mismatch});
     std::vector<BatchShard> shards = plan_batch_shards(lengths_of(calibration.sequences), micro_batch_tokens);
 
-    OutputLayout layout = layout_of(spec, reader, graph);
+    QuantizationScheme scheme = planned_scheme(spec, reader, graph);
+    OutputLayout layout = plan_output(reader, graph, scheme, spec.output.max_shard_size);
+    const bool head = scheme.quantizes_head();
     return {spec,
             std::move(reader),
             std::move(graph),
             std::move(calibration),
             std::move(shards),
-            std::move(layout)};
+            std::move(scheme),
+            std::move(layout),
+            head};
 }
 
-bool is_bf16(const PreparedJob& job) {
-    const std::string& first = job.graph.stages.front().group.linears.front().name;
-    return weight_dtype(job.reader, job.graph.in_block(0, first) + ".weight") == DType::bf16;
+QuantizationScheme scheme_before_target(const PreparedJob& job) {
+    return scheme_of_job(job.spec, job.graph, is_bf16(job.reader, job.graph));
 }
 
 std::vector<PreparedJob> prepare_jobs(const JobSpec& spec, std::int64_t micro_batch_tokens) {
@@ -127,9 +141,12 @@ std::vector<PreparedJob> prepare_jobs(const JobSpec& spec, std::int64_t micro_ba
     for (std::size_t i = 1; i < singles.size(); ++i) {
         PreparedJob job = jobs.front();
         job.spec = singles[i];
-        job.layout = layout_of(job.spec, job.reader, job.graph);
+        job.scheme = planned_scheme(job.spec, job.reader, job.graph);
+        job.layout = plan_output(job.reader, job.graph, job.scheme, job.spec.output.max_shard_size);
         jobs.push_back(std::move(job));
     }
+    const bool head = std::ranges::any_of(jobs, [](const auto& job) { return job.scheme.quantizes_head(); });
+    for (PreparedJob& job : jobs) job.head = head;
     return jobs;
 }
 

@@ -19,17 +19,19 @@ struct PreparedJob {
     ModelGraph graph;
     CalibrationStore calibration;
     std::vector<BatchShard> shards;
+    QuantizationScheme scheme;
     OutputLayout layout;
+    bool head = false;  // this checkpoint, or another one of the job, quantizes lm_head
 };
 
 // Throws BadInput for whatever is wrong with the model directory, the calibration store or their fit.
 // micro_batch_tokens: the backend's.
 PreparedJob prepare_job(const JobSpec& spec, std::int64_t micro_batch_tokens);
 
-// Whether the model is one of bfloat16, by its first linear: consumers then compute in that type.
-bool is_bf16(const PreparedJob& job);
+// What the job's keys say without quantization.target_bits, which replaces the bits of the usual linears.
+QuantizationScheme scheme_before_target(const PreparedJob& job);
 
-// One for each checkpoint that the job writes; they differ in `spec` and `layout` only.
+// One for each checkpoint that the job writes; they differ in `spec`, `scheme` and `layout` only.
 std::vector<PreparedJob> prepare_jobs(const JobSpec& spec, std::int64_t micro_batch_tokens);
 
 // Lets rank 0 find what is wrong with the input, so that it is said once; the others follow when it is fine.

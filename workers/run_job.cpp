@@ -6,6 +6,7 @@
 #include "jobs/text.h"
 #include "kernels/make_backend.h"
 #include "pipeline/output_directory.h"
+#include "workers/bit_choice.h"
 #include "workers/checkpoint_output.h"
 #include "workers/execute_job.h"
 #include "workers/job_report.h"
@@ -68,7 +69,7 @@ void add_hessian_stores(const PreparedJob& job, Control& control, Plan& plan) {
             fmt::format("Hessians come from {}: the model is not run", spec.hessians.string());
     }
     if (spec.save_hessians.empty()) return;
-    const std::uint64_t needed = HessianStore(spec.save_hessians, job.graph, {}).bytes();
+    const std::uint64_t needed = HessianStore(spec.save_hessians, job.graph, {}, job.head).bytes();
     const std::uint64_t free = free_disk(spec.save_hessians);
     plan.calibration.hessians =
         fmt::format("Hessians are kept in {}: {} of disk, {} free there", spec.save_hessians.string(),
@@ -130,7 +131,7 @@ void plan_job(const PlanCommand& command, Control& control) {
 
 void run_job(const RunCommand& command, Control& control) {
     const Stopwatch watch;
-    const auto [backend, jobs] = open_job(command.job, command.overrides, control);
+    auto [backend, jobs] = open_job(command.job, command.overrides, control);
     const PreparedJob& job = jobs.front();
     const ComputeSpec& compute = job.spec.compute;
     const bool original = job.spec.quantization.propagate == "original";
@@ -141,14 +142,17 @@ void run_job(const RunCommand& command, Control& control) {
     if (control.rank() == 0) refuse_problems(plan);
     control.barrier();
     require_hessian_stores(job, control);
+    std::vector<std::optional<BitBudgetReport>> budgets;
+    choose_bits(jobs, world, control, *backend, budgets);
     const OutputLocks locks = claim_output_directories(jobs, command.overwrite, control);
     spdlog::info("{}: {} blocks, {} sequences, {} on {} rank(s), {}; about {}", job.graph.architecture,
                  job.graph.blocks, job.calibration.sequences.size(), plan.quantization.scheme, control.size(),
                  backend->description(), seconds_text(expected_seconds));
 
     std::vector<Report> reports;
-    for (const PreparedJob& output : jobs) {
-        reports.push_back(begin_report(output, control, *backend, communicator));
+    for (std::size_t o = 0; o < jobs.size(); ++o) {
+        reports.push_back(begin_report(jobs[o], control, *backend, communicator));
+        reports.back().bit_budget = budgets[o];
         reports.back().warnings = plan.warnings;
         reports.back().layers.bubble = plan.layers.bubble;
         if (plan.time) {

@@ -42,26 +42,20 @@ bool made_by_us(const nlohmann::json& meta) {
 // What quantization_config promises of the tensors, beside the scheme.
 struct Promises {
     bool quantized = false;  // of a plain checkpoint the rest means nothing
-    GptqScheme scheme;
-    bool desc_act = false;
     bool lm_head = false;
     bool partial = false;  // linears may be left as they were
     bool signed_scales = false;
     bool normal_scales = false;
 };
 
-Promises promises_of(const nlohmann::json& config, const GptqScheme& scheme) {
+Promises promises_of(const nlohmann::json& config) {
     const auto found = config.find("meta");
     const nlohmann::json meta =
         found != config.end() && found->is_object() ? *found : nlohmann::json::object();
     const auto names_some = [&](const char* key) { return config.contains(key) && !config.at(key).empty(); };
-    return {true,
-            scheme,
-            is_true(config, "desc_act"),
-            is_true(config, "lm_head"),
+    return {true, is_true(config, "lm_head"),
             names_some("dynamic") || names_some("modules_in_block_to_quantize"),
-            is_true(meta, "signed_scales"),
-            made_by_us(meta)};
+            is_true(meta, "signed_scales"), made_by_us(meta)};
 }
 
 // 16-bit scales [G, R], already known to be finite.
@@ -129,10 +123,8 @@ void check_groups(const CheckpointReader& reader, const std::string& prefix, con
 
 class Verifier {
 public:
-    explicit Verifier(const CheckpointReader& reader) : reader_(reader) {
-        if (const auto scheme = scheme_of(reader)) {
-            promises_ = promises_of(reader.config().at("quantization_config"), *scheme);
-        }
+    explicit Verifier(const CheckpointReader& reader) : reader_(reader), schemes_(schemes_of(reader)) {
+        if (schemes_) promises_ = promises_of(reader.config().at("quantization_config"));
     }
 
     // Names and shapes first, since that reads nothing.
@@ -141,16 +133,16 @@ public:
         check_model(build_model_graph(reader_.config(), (reader_.directory() / "config.json").string()));
         for (const auto& [name, tensor] : reader_.tensors()) check_finite(tensor);
         for (const auto& [prefix, matrix] : quantized_) {
-            const GptqScheme scheme = scheme_for(matrix);
+            const GptqScheme scheme = scheme_for(prefix, matrix);
             check_scales(reader_, reader_.find(prefix + ".scales"), promises_);
             check_zeros(reader_, prefix, matrix, scheme);
-            check_groups(reader_, prefix, matrix, scheme.grid, promises_.desc_act);
+            check_groups(reader_, prefix, matrix, scheme.grid, scheme.desc_act);
         }
     }
 
 private:
-    GptqScheme scheme_for(const Matrix& matrix) const {
-        GptqScheme scheme = promises_.scheme;
+    GptqScheme scheme_for(const std::string& prefix, const Matrix& matrix) const {
+        GptqScheme scheme = scheme_of_module(*schemes_, prefix, reader_);
         if (scheme.grid.group_size == 0) scheme.grid.group_size = matrix.columns;
         return scheme;
     }
@@ -183,7 +175,7 @@ private:
             throw BadInput("{}: both '{}.weight' and '{}' are there", reader_.directory().string(), prefix,
                            qweight.name);
         }
-        const int bits = promises_.scheme.grid.bits;
+        const int bits = scheme_of_module(*schemes_, prefix, reader_).grid.bits;
         if (qweight.shape.size() != 2 || qweight.count() == 0 || qweight.shape[0] * 32 % bits != 0) {
             throw BadInput("{}: qweight of shape [{}] does not hold {}-bit codes", prefix,
                            fmt::join(qweight.shape, ", "), bits);
@@ -192,7 +184,7 @@ private:
     }
 
     void check_quantized(const std::string& prefix, const Matrix& matrix) {
-        const QuantizationGrid grid = scheme_for(matrix).grid;
+        const QuantizationGrid grid = scheme_for(prefix, matrix).grid;
         for (const StoredTensor& expected : gptq_tensors(prefix, matrix.rows, matrix.columns, grid)) {
             const StoredTensor& stored = reader_.find(expected.name, expected.shape);
             const bool bf16_scales = expected.name.ends_with(".scales") && stored.dtype == "BF16";
@@ -207,7 +199,7 @@ private:
     void check_model(const ModelGraph& graph) {
         require(graph.embedding, {graph.vocab_size, graph.hidden_size});
         require(graph.final_norm, {graph.hidden_size});
-        const std::string head = graph.lm_head.substr(0, graph.lm_head.rfind('.'));
+        const std::string& head = graph.head.front().group.linears.front().name;
         if (promises_.quantized && promises_.lm_head && reader_.contains(head + ".qweight")) {
             check_quantized(head, {graph.vocab_size, graph.hidden_size});
         } else {
@@ -255,17 +247,12 @@ private:
     }
 
     const CheckpointReader& reader_;
+    std::optional<GptqSchemes> schemes_;
     Promises promises_;
     std::map<std::string, Matrix> quantized_;
 };
 
 }  // namespace
-
-std::optional<GptqScheme> scheme_of(const CheckpointReader& reader) {
-    const auto config = reader.config().find("quantization_config");
-    if (config == reader.config().end() || config->is_null()) return std::nullopt;
-    return gptq_scheme_from(*config, (reader.directory() / "config.json").string());
-}
 
 void verify_checkpoint(const CheckpointReader& reader) { Verifier(reader).verify(); }
 

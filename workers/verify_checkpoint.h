@@ -1,14 +1,8 @@
 #pragma once
 
-#include <optional>
-
 #include "pipeline/checkpoint_reader.h"
-#include "pipeline/gptq_format.h"
 
 namespace quantmill {
-
-// The scheme of a GPTQ checkpoint; nothing for a plain one. Throws BadInput for other methods.
-std::optional<GptqScheme> scheme_of(const CheckpointReader& reader);
 
 // Checks every tensor that config.json asks for: there, of its shape and dtype, floats finite; of a GPTQ
 // checkpoint also that scales, zeros and g_idx are those of its scheme. Tensors beside the model's are let

@@ -27,12 +27,13 @@ Worker::Worker(Backend& backend, Team all, Team rows, Coordinator& coordinator, 
       graph_(graph),
       options_(options),
       job_shards_(static_cast<std::int64_t>(shards.size())),
-      solver_(backend, graph, options.gptq, tokens_of_shards(shards)),
+      shards_(own(shards, all.control)),
+      solver_(backend, graph, options.scheme, tokens_of_shards(shards)),
       batches_(backend, graph, own(shards, all.control), options.activations),
       forward_(backend, graph, limits_of(shards).tokens, limits_of(shards).length),
       clock_(backend) {
     const Shape norm{limits_of(shards).tokens, graph.hidden_size};
-    if (options.gptq.error_propagation_alpha > 0.0) {
+    if (options.scheme.usual().error_propagation_alpha > 0.0) {
         original_batches_.emplace(backend, graph, own(shards, all.control), options.activations);
         original_norm_ = backend.empty(norm, backend.activation_dtype(), "an input of the original path");
     }
@@ -47,24 +48,52 @@ void Worker::embed(const std::vector<std::vector<std::int32_t>>& sequences, Cons
 }
 
 void Worker::report(int block, std::size_t stage, const char* doing) {
-    const auto stages = static_cast<double>(graph_.stages.size());
-    coordinator_.report(fmt::format("block {} {}: {}", block, graph_.stages[stage].group.name, doing),
-                        (block + static_cast<double>(stage) / stages) / graph_.blocks);
+    const std::vector<Stage>& stages = graph_.stages_of(block);
+    const double part = static_cast<double>(stage) / static_cast<double>(stages.size());
+    coordinator_.report(fmt::format("block {} {}: {}", block, stages[stage].group.name, doing),
+                        (block + part) / options_.scheme.blocks());
 }
 
 void Worker::quantize_block(int block, BlockWeights& weights, const StageDone& done) {
-    if (!options_.true_sequential) return quantize_at_once(block, weights, done);
-    const std::size_t stages = graph_.stages.size();
+    const std::size_t stages = graph_.stages_of(block).size();
+    if (!options_.true_sequential && stages > 1) return quantize_at_once(block, weights, done);
     for (std::size_t stage = 0; stage < stages; ++stage) {
-        make_originals(stage, weights);
-        auto hessians = reduce_hessians(block, {stage, stage + 1}, weights);
-        drop_originals({stage, stage + 1}, weights);
-        const int owner = factor_rank(block, stage, stages, all_.control.size());
-        FactorOutcome outcome;
-        if (all_.control.rank() == owner) outcome = factor(block, stage, hessians.front());
-        done(stage, quantize_group(block, stage, owner, std::move(outcome), hessians.front(), weights));
-        advance(block, {stage, stage + 1}, weights);
+        quantize_stage(block, stage, weights, done);
+        if (block < graph_.blocks) advance(block, {stage, stage + 1}, weights);
     }
+}
+
+void Worker::quantize_stage(int block, std::size_t stage, BlockWeights& weights, const StageDone& done) {
+    const bool head = block == graph_.blocks;
+    if (!head) make_originals(stage, weights);
+    if (!quantizes(block, stage)) {
+        leave_stage(block, stage, weights);
+        return done(stage, nullptr);
+    }
+    auto hessians = reduce_hessians(block, {stage, stage + 1}, weights);
+    if (!head) drop_originals({stage, stage + 1}, weights);
+    const int owner = factor_rank(block, stage, graph_.stages_of(block).size(), all_.control.size());
+    FactorOutcome outcome;
+    if (all_.control.rank() == owner) outcome = factor(block, stage, hessians.front());
+    const QuantizedGroup result =
+        quantize_group(block, stage, owner, std::move(outcome), hessians.front(), weights);
+    done(stage, &result);
+}
+
+// The original path, which a pass for Hessians would have moved on, is moved on its own.
+void Worker::leave_stage(int block, std::size_t stage, BlockWeights& weights) {
+    for (LinearWeights& linear : weights.stages[stage]) use_original(linear);
+    if (!original_batches_) return;
+    pass_through(*original_batches_, true, block, {stage, stage + 1}, weights);
+    drop_originals({stage, stage + 1}, weights);
+}
+
+void Worker::use_original(LinearWeights& linear) {
+    if (linear.forward.empty()) {
+        linear.forward = backend_.empty(linear.stored.shape(), backend_.activation_dtype(), "weights");
+        backend_.convert(linear.stored, linear.forward);
+    }
+    linear.stored = {};
 }
 
 // All Hessians of the block come from its unquantized linears, so that they are factored on different ranks
@@ -85,11 +114,18 @@ void Worker::quantize_at_once(int block, BlockWeights& weights, const StageDone&
     const std::vector<int> owners = longest_first(costs, all_.control.size());
     std::vector<FactorOutcome> outcomes(stages);
     for (std::size_t stage = 0; stage < stages; ++stage) {
-        if (owners[stage] == all_.control.rank()) outcomes[stage] = factor(block, stage, hessians[stage]);
+        const bool mine = owners[stage] == all_.control.rank() && quantizes(block, stage);
+        if (mine) outcomes[stage] = factor(block, stage, hessians[stage]);
     }
     for (std::size_t stage = 0; stage < stages; ++stage) {
-        done(stage, quantize_group(block, stage, owners[stage], std::move(outcomes[stage]), hessians[stage],
-                                   weights));
+        if (!quantizes(block, stage)) {
+            for (LinearWeights& linear : weights.stages[stage]) use_original(linear);
+            done(stage, nullptr);
+            continue;
+        }
+        const QuantizedGroup result =
+            quantize_group(block, stage, owners[stage], std::move(outcomes[stage]), hessians[stage], weights);
+        done(stage, &result);
     }
     advance(block, {0, stages}, weights);
 }
@@ -98,7 +134,7 @@ std::vector<ReducedHessian> Worker::reduce_hessians(int block, StageSpan stages,
                                                     const BlockWeights& weights) {
     std::vector<ReducedHessian> hessians;
     for (std::size_t stage = stages.first; stage < stages.last; ++stage) {
-        const std::int64_t columns = graph_.stages[stage].group.columns();
+        const std::int64_t columns = graph_.stages_of(block)[stage].group.columns();
         hessians.push_back({HessianAccumulator(backend_, columns, job_shards_), {}});
         if (original_batches_) hessians.back().cross.emplace(backend_, columns, job_shards_);
     }
@@ -106,8 +142,10 @@ std::vector<ReducedHessian> Worker::reduce_hessians(int block, StageSpan stages,
     const std::size_t first = first_of_pass(graph_, stages.first, keeps_carried);
     Passes passes{{batches_, use_of_input(graph_, first)}, {}};
     if (original_batches_) {
+        const bool head = block == graph_.blocks;
         passes.original.emplace(*original_batches_,
-                                use_of_original(graph_, stages.first, stages.last, keeps_carried));
+                                head ? use_of_input(graph_, first)
+                                     : use_of_original(graph_, stages.first, stages.last, keeps_carried));
     }
     clock_.start();
     // Rank 0 owns the first shard, which fixes the exponents for all.
@@ -115,7 +153,7 @@ std::vector<ReducedHessian> Worker::reduce_hessians(int block, StageSpan stages,
     agree_on_exponents(block, stages, hessians);
     for (std::size_t shard = 0; shard < batches_.shards(); ++shard) {
         if (shard > 0) accumulate_shard(block, shard, stages, weights, passes, hessians);
-        close_shard(block, stages, hessians);
+        close_shard(block, shard, stages, hessians);
     }
     report(block, stages.first, "summing Hessians over ranks");
     sum_over_ranks(hessians);
@@ -133,7 +171,8 @@ void Worker::recompute(std::size_t stage, const BlockWeights& weights, const Bat
 void Worker::accumulate_shard(int block, std::size_t shard, StageSpan stages, const BlockWeights& weights,
                               Passes& passes, std::vector<ReducedHessian>& hessians) {
     const bool whole_block = stages.last - stages.first > 1;
-    const bool runs = keeps_result(graph_, stages.last, options_.activations.keeps_carried);
+    const bool runs =
+        block < graph_.blocks && keeps_result(graph_, stages.last, options_.activations.keeps_carried);
     for (std::size_t batch = batches_.first_of(shard); batch < batches_.first_of(shard + 1); ++batch) {
         report(block, stages.first, "forward and Hessian");
         BatchState state = passes.quantized.next();
@@ -149,8 +188,8 @@ void Worker::accumulate_shard(int block, std::size_t shard, StageSpan stages, co
         for (std::size_t stage = stages.first; stage < stages.last; ++stage) {
             ReducedHessian& hessian = hessians[stage - stages.first];
             const TensorView unquantized =
-                hessian.cross ? original_input(stage, weights, original, runs) : TensorView{};
-            const TensorView input = forward_.stage_input(graph_.stages[stage], weights, state);
+                hessian.cross ? original_input(block, stage, weights, original, runs) : TensorView{};
+            const TensorView input = forward_.stage_input(graph_.stages_of(block)[stage], weights, state);
             clock_.lap(&StageSeconds::forward);
             hessian.accumulator.add(input);
             if (hessian.cross) hessian.cross->add(unquantized, input);
@@ -162,11 +201,12 @@ void Worker::accumulate_shard(int block, std::size_t shard, StageSpan stages, co
     }
 }
 
-TensorView Worker::original_input(std::size_t stage, const BlockWeights& weights, const BatchState& state,
-                                  bool runs) {
-    const TensorView input = forward_.stage_input(graph_.stages[stage], weights, state);
+TensorView Worker::original_input(int block, std::size_t stage, const BlockWeights& weights,
+                                  const BatchState& state, bool runs) {
+    const Stage& of_block = graph_.stages_of(block)[stage];
+    const TensorView input = forward_.stage_input(of_block, weights, state);
     if (runs) forward_.run_stage(stage, input, weights, state);
-    if (graph_.stages[stage].input != StageInput::norm) return input;
+    if (of_block.input != StageInput::norm) return input;
     const TensorView kept = original_norm_.view().leading(input.shape());  // the other path norms there too
     backend_.copy(input, kept);
     return kept;
@@ -190,12 +230,13 @@ void Worker::drop_originals(StageSpan stages, BlockWeights& weights) {
     }
 }
 
-void Worker::close_shard(int block, StageSpan stages, std::vector<ReducedHessian>& hessians) {
+void Worker::close_shard(int block, std::size_t shard, StageSpan stages,
+                         std::vector<ReducedHessian>& hessians) {
     for (std::size_t i = 0; i < hessians.size(); ++i) {
         ReducedHessian& hessian = hessians[i];
         const bool closed = hessian.accumulator.close_shard(hessian.exponents) &&
                             (!hessian.cross || hessian.cross->close_shard(hessian.exponents));
-        if (!closed) refuse_shard(solver_.module(block, stages.first + i));
+        if (!closed) refuse_shard(solver_.module(block, stages.first + i), shards_[shard]);
     }
     clock_.lap(&StageSeconds::hessian);
 }
@@ -204,8 +245,8 @@ void Worker::agree_on_exponents(int block, StageSpan stages, std::vector<Reduced
     for (std::size_t i = 0; i < hessians.size(); ++i) {
         FixedPointExponents chosen;
         if (all_.control.rank() == 0) {
-            chosen =
-                exponents_of_first_shard(hessians[i].accumulator, solver_.module(block, stages.first + i));
+            chosen = exponents_of_first_shard(hessians[i].accumulator,
+                                              solver_.module(block, stages.first + i), shards_.front());
         }
         hessians[i].exponents = from_message<std::int32_t>(all_.control.broadcast(as_message(chosen), 0));
     }
@@ -239,13 +280,13 @@ QuantizedGroup Worker::quantize_group(int block, std::size_t stage, int owner, F
     clock_.start();
     const TensorView factor = hessian.accumulator.workspace();
     outcome = GroupSolver::share(all_, owner, outcome, factor);
-    const Tensor damped = solver_.share_damped(all_, owner, stage, outcome, &hessian);
+    const Tensor damped = solver_.share_damped(all_, owner, block, stage, outcome, &hessian);
     clock_.lap(&StageSeconds::factor);
     report(block, stage, "solving rows");
     const ConstTensorView cross = hessian.cross ? hessian.cross->workspace() : ConstTensorView{};
     QuantizedGroup result =
-        solver_.solve(rows_, stage, weights.stages[stage], factor, outcome, cross, damped);
-    use_quantized(stage, result.quantized, weights);
+        solver_.solve(rows_, block, stage, weights.stages[stage], factor, outcome, cross, damped);
+    if (block < graph_.blocks) use_quantized(stage, result.quantized, weights);
     clock_.lap(&StageSeconds::solve);
     result.seconds = clock_.take();
     take_slowest(result.seconds);
@@ -266,20 +307,27 @@ void Worker::use_quantized(std::size_t stage, const QuantizedLinear& quantized, 
 }
 
 void Worker::advance(int block, StageSpan stages, const BlockWeights& weights) {
+    clock_.start();
+    pass_through(batches_, false, block, stages, weights);
+    clock_.lap(&StageSeconds::forward);
+}
+
+void Worker::pass_through(CalibrationBatches& batches, bool original, int block, StageSpan stages,
+                          const BlockWeights& weights) {
     const bool keeps_carried = options_.activations.keeps_carried;
     if (!keeps_result(graph_, stages.last, keeps_carried)) return;  // the next pass recomputes it
-    clock_.start();
     const StateUse use =
         use_of_stages(graph_, first_of_pass(graph_, stages.first, keeps_carried), stages.last);
-    batches_.for_each(use, [&](const CalibrationBatches::Batch&, const BatchState& state) {
-        report(block, stages.last - 1, "forward through quantized linears");
+    batches.for_each(use, [&](const CalibrationBatches::Batch&, BatchState state) {
+        report(block, stages.last - 1,
+               original ? "forward through original linears" : "forward through quantized linears");
+        state.original = original;
         recompute(stages.first, weights, state);
         for (std::size_t stage = stages.first; stage < stages.last; ++stage) {
             const TensorView input = forward_.stage_input(graph_.stages[stage], weights, state);
             forward_.run_stage(stage, input, weights, state);
         }
     });
-    clock_.lap(&StageSeconds::forward);
 }
 
 void Worker::take_slowest(StageSeconds& seconds) {

@@ -22,7 +22,7 @@ namespace quantmill {
 class Worker {
 public:
     struct Options {
-        GptqOptions gptq;  // grid.group_size as in the job: -1 is one group a row
+        const QuantizationScheme& scheme;
         bool true_sequential = true;
         ActivationPlacement activations;  // with error propagation: of each of both paths
     };
@@ -33,9 +33,10 @@ public:
 
     void embed(const std::vector<std::vector<std::int32_t>>& sequences, ConstTensorView table);
 
-    // Quantizes the stages of a block in order, hands each group to `done`, and moves the hidden states past
-    // the block. Consumes the stored weights.
-    using StageDone = std::function<void(std::size_t stage, const QuantizedGroup& group)>;
+    // Quantizes the stages of a block in order, hands each group to `done` (null: it stays as it is), and
+    // moves the hidden states past the block; block number graph.blocks is lm_head. Consumes the stored
+    // weights.
+    using StageDone = std::function<void(std::size_t stage, const QuantizedGroup* group)>;
     void quantize_block(int block, BlockWeights& weights, const StageDone& done);
 
 private:
@@ -50,7 +51,13 @@ private:
         std::optional<CalibrationBatches::Pass> original;
     };
 
+    bool quantizes(int block, std::size_t stage) const {
+        return options_.scheme.options_at(block, stage).has_value();
+    }
+    void quantize_stage(int block, std::size_t stage, BlockWeights& weights, const StageDone& done);
+    void leave_stage(int block, std::size_t stage, BlockWeights& weights);
     void quantize_at_once(int block, BlockWeights& weights, const StageDone& done);
+    void use_original(LinearWeights& linear);
     std::vector<ReducedHessian> reduce_hessians(int block, StageSpan stages, const BlockWeights& weights);
     // Brings a batch from where the pass began to the input of `stage`.
     void recompute(std::size_t stage, const BlockWeights& weights, const BatchState& state);
@@ -58,11 +65,11 @@ private:
                           Passes& passes, std::vector<ReducedHessian>& hessians);
     // A stage's input on the original path, which then moves past the stage if `runs`; the caller may change
     // it, and it is valid until the next call.
-    TensorView original_input(std::size_t stage, const BlockWeights& weights, const BatchState& state,
-                              bool runs);
+    TensorView original_input(int block, std::size_t stage, const BlockWeights& weights,
+                              const BatchState& state, bool runs);
     void make_originals(std::size_t stage, BlockWeights& weights);
     void drop_originals(StageSpan stages, BlockWeights& weights);
-    void close_shard(int block, StageSpan stages, std::vector<ReducedHessian>& hessians);
+    void close_shard(int block, std::size_t shard, StageSpan stages, std::vector<ReducedHessian>& hessians);
     void agree_on_exponents(int block, StageSpan stages, std::vector<ReducedHessian>& hessians);
     void sum_over_ranks(std::vector<ReducedHessian>& hessians);
 
@@ -71,6 +78,8 @@ private:
                                   ReducedHessian& hessian, BlockWeights& weights);
     void use_quantized(std::size_t stage, const QuantizedLinear& quantized, BlockWeights& weights);
     void advance(int block, StageSpan stages, const BlockWeights& weights);
+    void pass_through(CalibrationBatches& batches, bool original, int block, StageSpan stages,
+                      const BlockWeights& weights);
     void take_slowest(StageSeconds& seconds);
     void report(int block, std::size_t stage, const char* doing);
 
@@ -81,6 +90,7 @@ private:
     const ModelGraph& graph_;
     Options options_;
     std::int64_t job_shards_;
+    std::span<const BatchShard> shards_;  // of this rank
     GroupSolver solver_;
     CalibrationBatches batches_;
     BlockForward forward_;

@@ -128,3 +128,24 @@ def test_transformers_loads_the_4_bit_checkpoint(quantize: Quantize) -> None:
 def perplexity(logits: np.ndarray, labels: np.ndarray) -> float:
     values = torch.from_numpy(logits).double()
     return torch.nn.functional.cross_entropy(values, torch.from_numpy(labels)).exp().item()
+
+
+RULES = [
+    {"match": "model.layers.1.self_attn.[qkv]_proj", "bits": 8, "group_size": 32},
+    {"match": r"re:.*\.0\.mlp\.(gate|up)_proj", "skip": True},
+    {"match": "*.down_proj", "bits": 2, "group_size": 16, "desc_act": True},
+]
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("scheme", [{"overrides": RULES}, {"target_bits": 4.5}, {"lm_head": {"bits": 8, "group_size": 32}}, {"lm_head": {"bits": 4}}], ids=str)
+def test_gptqmodel_loads_mixed_linears_and_lm_head(
+    quantmill: Callable[..., Any], tmp_path: Path, scheme: dict[str, Any], tied: bool
+) -> None:
+    model, output = tmp_path / "model", tmp_path / "out"
+    make_model(model, "Qwen2", tie_word_embeddings=tied)
+    store = write_store(tmp_path / "calib.h5", random_sequences(16, 128, seed=1), model)
+    quantmill("run", write_job(tmp_path / "job.yaml", model, store, output, {"group_size": 64} | scheme), ranks=1)
+    sequences = random_sequences(3, 100, seed=2)
+    ours = our_logits(quantmill, output, write_store(tmp_path / "tokens.h5", sequences, output), tmp_path / "logits")
+    assert relative_error(their_logits(loaded_by_gptqmodel(output), sequences), ours) <= 1e-2

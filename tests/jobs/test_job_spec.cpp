@@ -94,6 +94,12 @@ quantization:
   refit: true
   sweeps: 3
   error_propagation_alpha: 0
+  on_fallback: error
+  target_bits: none
+  lm_head:
+    bits: 8
+    group_size: 64
+  overrides: none
 compute:
   backend: cuda
   communicator: mpi
@@ -134,6 +140,13 @@ TEST(JobSpec, EveryKeyReachesItsMember) {
     EXPECT_TRUE(spec.quantization.refit);
     EXPECT_EQ(spec.quantization.sweeps, 3);
     EXPECT_EQ(spec.quantization.error_propagation_alpha, 0.0);
+    EXPECT_EQ(parse(minimal, {"quantization.damp_percent=auto"}).quantization.damp_percent, std::nullopt);
+    EXPECT_EQ(spec.quantization.on_fallback, "error");
+    EXPECT_EQ(spec.quantization.target_bits, std::nullopt);
+    EXPECT_EQ(parse(minimal, {"quantization.target_bits=3.5"}).quantization.target_bits, 3.5);
+    EXPECT_EQ(spec.quantization.lm_head_bits, 8);
+    EXPECT_EQ(spec.quantization.lm_head_group_size, 64);
+    EXPECT_TRUE(spec.quantization.overrides.empty());
     EXPECT_TRUE(parse(minimal, {"quantization.signed_scales=true"}).quantization.signed_scales);
     EXPECT_EQ(
         parse(minimal, {"quantization.error_propagation_alpha=0.25"}).quantization.error_propagation_alpha,
@@ -145,8 +158,8 @@ TEST(JobSpec, EveryKeyReachesItsMember) {
     EXPECT_EQ(spec.compute.layer_groups, 3);
     EXPECT_EQ(spec.compute.stall_timeout, 90.0);
     EXPECT_EQ(spec.compute.device_memory, 24'000'000'000U);
-    EXPECT_EQ(std::ranges::count(complete, ':'), static_cast<int>(job_keys().size()) + 5)
-        << "a key is missing from this test (5 sections)";
+    EXPECT_EQ(std::ranges::count(complete, ':'), static_cast<int>(job_keys().size()) + 6)
+        << "a key is missing from this test (6 sections)";
 }
 
 TEST(JobSpec, WrongValuesNameFileLineKeyAndWhatIsAllowed) {
@@ -163,12 +176,12 @@ TEST(JobSpec, WrongValuesNameFileLineKeyAndWhatIsAllowed) {
         {"group_size: 48", "group_size: 48 is not allowed (-1 | 16 | 32 | 64 | 128 | 256 | 512 | 1024)"},
         {"sym: yes", "sym: yes is not allowed (true | false)"},
         {"sym: 'true'", "sym: \"true\" is not allowed (true | false)"},
-        {"damp_percent: 0", "damp_percent: 0 is not allowed (number > 0 and < 1)"},
-        {"damp_percent: 5%", "damp_percent: 5% is not a number (number > 0 and < 1)"},
-        {"damp_percent: nan", "damp_percent: nan is not a finite number (number > 0 and < 1)"},
-        {"damp_percent: .nan", "damp_percent: .nan is not a number (number > 0 and < 1)"},
-        {"damp_percent: -inf", "damp_percent: -inf is not a finite number (number > 0 and < 1)"},
-        {"damp_percent: 1e400", "damp_percent: 1e400 is not allowed (number > 0 and < 1)"},
+        {"damp_percent: 0", "damp_percent: 0 is not allowed (number > 0 and < 1 | auto)"},
+        {"damp_percent: 5%", "damp_percent: 5% is not a number (number > 0 and < 1 | auto)"},
+        {"damp_percent: nan", "damp_percent: nan is not a finite number (number > 0 and < 1 | auto)"},
+        {"damp_percent: .nan", "damp_percent: .nan is not a number (number > 0 and < 1 | auto)"},
+        {"damp_percent: -inf", "damp_percent: -inf is not a finite number (number > 0 and < 1 | auto)"},
+        {"damp_percent: 1e400", "damp_percent: 1e400 is not allowed (number > 0 and < 1 | auto)"},
     };
     for (const auto& [line, message] : cases)
         EXPECT_EQ(error_of(minimal + "quantization:\n  " + line + "\n"),
@@ -202,7 +215,8 @@ TEST(JobSpec, UnknownKeysSuggestTheNearest) {
               "/jobs/job.yaml:7: quantization.group_sise: unknown key; did you mean "
               "quantization.group_size? quantization has bits, group_size, sym, desc_act, damp_percent, "
               "damp_auto_increment, true_sequential, propagate, preset, act_group_aware, static_groups, "
-              "scale_search, signed_scales, scale_rounding, refit, sweeps, error_propagation_alpha");
+              "scale_search, signed_scales, scale_rounding, refit, sweeps, error_propagation_alpha, "
+              "on_fallback, target_bits, lm_head, overrides");
     EXPECT_EQ(error_of(minimal + "quantisation:\n  bits: 3\n"),
               "/jobs/job.yaml:6: quantisation: unknown key; did you mean quantization? a job file has "
               "model, output, outputs, calibration, quantization, compute");
@@ -226,7 +240,7 @@ TEST(JobSpec, NamesOfOtherToolsAreTranslated) {
         {"damp", "quantization.damp_percent"},
         {"quantization.actorder", "quantization.desc_act"},
         {"act_order", "quantization.desc_act"},
-        {"ignore", "lm_head, embeddings and norms are always left alone"},
+        {"ignore", "quantization.overrides"},
         {"quantization.scheme", "quantization.bits, quantization.group_size and quantization.sym"},
         {"w_bit", "quantization.bits"},
         {"q_group_size", "quantization.group_size"},
@@ -234,7 +248,7 @@ TEST(JobSpec, NamesOfOtherToolsAreTranslated) {
         {"calibration.nsamples", "calibration.sequences"},
         {"max_seq_length", "calibration.sequence_length"},
         {"seqlen", "calibration.sequence_length"},
-        {"quantization.dynamic", "not in this version"},
+        {"quantization.dynamic", "quantization.overrides"},
         {"quantization.mse", "quantization.scale_search: mse"},
     };
     for (const auto& [key, advice] : cases) {
@@ -245,8 +259,7 @@ TEST(JobSpec, NamesOfOtherToolsAreTranslated) {
 }
 
 TEST(JobSpec, KeysOfLaterVersionsAreNotGuessedAt) {
-    for (const std::string key : {"quantization.target_bits", "target_bits", "quantization.overrides", "run",
-                                  "run.max_hours", "slurm.partition", "quantization.lm_head.bits"}) {
+    for (const std::string key : {"run", "run.max_hours", "slurm.partition", "models", "max_parallel"}) {
         const auto message = override_error(key + "=1");
         EXPECT_NE(message.find("is not in this version"), std::string::npos) << message;
         EXPECT_EQ(message.find("did you mean"), std::string::npos) << message;
@@ -374,6 +387,74 @@ TEST(JobSpec, WhatOutputsMustBe) {
     expect(error_of("model: m\ncalibration: {tokens: t}\noutputs: none\n"), "output.directory is missing");
     expect(error_of("model: m\ncalibration: {tokens: t}\noutputs: 5\n"),
            "job.yaml:3: outputs: 5 is not allowed: a list");
+}
+
+TEST(JobSpec, RulesChangeWhatTheyName) {
+    const auto spec = parse(minimal +
+                            "quantization:\n  bits: 3\n  preset: balanced\n  overrides:\n"
+                            "    - match: '*.down_proj'\n      bits: 8\n      damp_percent: 0.1\n"
+                            "    - {match: 're:.*o_proj', desc_act: true}\n    - {match: '*', skip: true}\n");
+    const auto& rules = spec.quantization.overrides;
+    ASSERT_EQ(rules.size(), 3u);
+    EXPECT_EQ(rules[0].match, "*.down_proj");
+    EXPECT_EQ(rules[0].place, "/jobs/job.yaml:10");
+    EXPECT_EQ(rules[0].quantization.bits, 8);
+    EXPECT_EQ(rules[0].quantization.damp_percent, 0.1);
+    EXPECT_TRUE(rules[0].quantization.act_group_aware) << "the preset's, as for the job";
+    EXPECT_EQ(rules[1].quantization.bits, 3);
+    EXPECT_TRUE(rules[1].quantization.desc_act);
+    EXPECT_FALSE(rules[1].quantization.act_group_aware) << "which desc_act leaves no sense";
+    EXPECT_TRUE(rules[2].skip);
+    EXPECT_EQ(spec.quantization.bits, 3);
+    EXPECT_EQ(to_yaml(parse(to_yaml(spec))), to_yaml(spec));
+    EXPECT_NE(to_yaml(spec).find("damp_percent: 0.1"), std::string::npos);
+    EXPECT_TRUE(parse(minimal, {"quantization.overrides=none"}).quantization.overrides.empty());
+}
+
+TEST(JobSpec, WhatRulesMustBe) {
+    const auto error = [](const std::string& rules, const std::string& more = "") {
+        return error_of(minimal + "quantization:\n" + more + "  overrides:\n" + rules);
+    };
+    const auto expect = [](const std::string& message, const std::string& part) {
+        EXPECT_NE(message.find(part), std::string::npos) << message;
+    };
+    expect(error("    - {bits: 3}\n"), "job.yaml:8: quantization.overrides: a rule has no match");
+    expect(error("    - {match: x}\n"), "either skip: true, or keys to set: bits, group_size");
+    expect(error("    - {match: x, skip: true, bits: 3}\n"), "either skip: true, or keys to set");
+    expect(error("    - {match: x, bits: 5}\n"), "job.yaml:8: quantization.bits: 5 is not allowed");
+    expect(error("    - {match: x, bits: 3, bits: 4}\n"), "second time");
+    expect(error("    - {match: x, match: y, bits: 4}\n"), "second time");
+    expect(error("    - {match: x, propagate: original}\n"),
+           "propagate: is not a key of a rule (match, skip, bits");
+    expect(error("    - {match: 're:(', bits: 3}\n"), "( is no regular expression");
+    expect(error("    - {match: '[', bits: 3}\n"), "[ is no glob");
+    expect(error("    - 7\n"), "job.yaml:8: quantization.overrides: a rule must hold keys");
+    expect(error("    match: x\n"), "must be a list");
+    expect(error("    - {match: x, sym: false}\n"), "job.yaml:8: quantization.overrides: sym: false needs");
+    expect(error("    - {match: x, sym: false}\n", "  signed_scales: true\n"),
+           "quantization.signed_scales: needs");
+    expect(override_error("quantization.overrides=x"), "a list is written in the job file");
+    expect(override_error("quantization.lm_head.group_size=64"), "needs quantization.lm_head.bits");
+    expect(override_error("quantization.lm_head=8"), "is a section");
+    expect(error("    - {match: x, sym: true}\n", "  target_bits: 3.5\n"), "a rule sets bits, or skip: true");
+    expect(error_of(minimal, {"quantization.target_bits=3", "quantization.bits=3"}), "set one of them");
+    expect(override_error("quantization.target_bits=1.5"), "1.5 is not allowed (number from 2 to 9 | none)");
+}
+
+TEST(JobSpec, AnOutputHasTheRulesOfTheJobOrItsOwn) {
+    const auto spec = parse(
+        "model: m\ncalibration: {tokens: t}\nquantization:\n  propagate: original\n  overrides:\n"
+        "    - {match: '*.o_proj', bits: 8}\noutputs:\n  - directory: a\n    quantization: {group_size: 32}\n"
+        "  - directory: b\n    quantization:\n      overrides:\n        - {match: x, skip: true}\n"
+        "  - directory: c\n    quantization: {overrides: none}\n");
+    const auto rules = [&](std::size_t i) { return spec.outputs[i].quantization.overrides; };
+    ASSERT_EQ(rules(0).size(), 1u);
+    EXPECT_EQ(rules(0)[0].quantization.bits, 8);
+    EXPECT_EQ(rules(0)[0].quantization.group_size, 32) << "the item's";
+    ASSERT_EQ(rules(1).size(), 1u);
+    EXPECT_TRUE(rules(1)[0].skip);
+    EXPECT_TRUE(rules(2).empty());
+    EXPECT_EQ(to_yaml(parse(to_yaml(spec))), to_yaml(spec));
 }
 
 TEST(JobSpec, HessiansBelongToTheOriginalModel) {

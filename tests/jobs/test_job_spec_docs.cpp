@@ -108,7 +108,7 @@ TEST(JobSpecDocs, JobsInTheManualParse) {
         const auto job = text.substr(at, text.find("```", at) - at);
         EXPECT_NO_THROW(parse_job_spec(job, "docs/job-spec.md", {})) << job;
     }
-    EXPECT_EQ(jobs, 4);
+    EXPECT_EQ(jobs, 5);
 }
 
 TEST(JobSpecDocs, ExamplesParse) {

@@ -656,5 +656,105 @@ TEST_F(GptqSolver, FallbackRoundsToNearest) {
     }
 }
 
+// Chen et al. 2010, equation 23, in double precision on the matrix itself.
+TEST_F(GptqSolver, DampingFromTheData) {
+    constexpr std::size_t n = 48;
+    GptqOptions options;
+    options.auto_damping = true;
+    double before = 0.5;
+    for (const int tokens : {4, 40, 400, 40'000}) {
+        const auto triangle = random_triangle(n, std::min(tokens, 400));
+        double trace = 0.0, square = 0.0;
+        for (std::size_t i = 0; i < n; ++i) {
+            trace += at(triangle, i, i);
+            for (std::size_t j = 0; j < n; ++j) square += at(triangle, i, j) * at(triangle, i, j);
+        }
+        const double p = n;
+        const double rho = std::min(1.0, ((1 - 2 / p) * square + trace * trace) /
+                                             ((tokens + 1 - 2 / p) * (square - trace * trace / p)));
+        const double expected = rho == 1.0 ? 0.5 : std::clamp(rho / (1 - rho), 0.01, 0.5);
+        const double damping = shrinkage_damping(trace, square, tokens, p);
+        EXPECT_NEAR(damping, expected, 1e-12) << tokens << " tokens, seed " << seed_;
+        EXPECT_LE(damping, before);
+        before = damping;
+        if (tokens != 4) continue;
+        // The program's own sums, of a Hessian that says 2 tokens.
+        EXPECT_NEAR(factor(triangle, n, options).outcome.damp_percent, shrinkage_damping(trace, square, 2, p),
+                    1e-6);
+    }
+    EXPECT_EQ(before, 0.01);
+    EXPECT_EQ(shrinkage_damping(48.0, 48.0, 100.0, 48.0), 0.5) << "a multiple of the identity";
+}
+
+TEST_F(GptqSolver, FewTokensLeaveTheDiagonal) {
+    constexpr std::int64_t n = 64;
+    const auto triangle = random_triangle(n, 100);
+    GptqOptions options;
+    options.few_tokens = 1.0 / 16.0;  // factor() says 2 tokens: fewer than 4
+    const Factored result = factor(triangle, n, options);
+    EXPECT_TRUE(result.outcome.few_tokens);
+    EXPECT_TRUE(result.outcome.round_to_nearest);
+    EXPECT_TRUE(deserialize_factor_outcome(serialize(result.outcome)).few_tokens);
+    for (std::size_t i = 0; i < n; ++i) {
+        EXPECT_FLOAT_EQ(result.factor[i * n + i], static_cast<float>(std::sqrt(at(triangle, i, i))));
+        for (std::size_t j = i + 1; j < n; ++j) EXPECT_EQ(result.factor[i * n + j], 0.0F);
+    }
+    options.few_tokens = 1.0 / 32.0;
+    EXPECT_FALSE(factor(triangle, n, options).outcome.few_tokens);
+}
+
+// Ranks far below the width, and columns whose sizes differ by up to 10^6, so their squares by 10^12.
+TEST_F(GptqSolver, IllConditionedHessiansStayAtOrBelowRounding) {
+    constexpr std::int64_t n = 96, rows = 64;
+    for (const auto& [tokens, largest] :
+         {std::pair{2, 1}, {8, 1}, {8, 1000}, {24, 1'000'000}, {96, 1'000'000}}) {
+        std::vector<std::int64_t> triangle(n * (n + 1) / 2), x(n);
+        for (int t = 0; t < tokens; ++t) {
+            for (std::size_t j = 0; j < n; ++j) {
+                const double size = std::pow(largest, static_cast<double>(j * 37 % n) / (n - 1));
+                x[j] = std::llround(size * (static_cast<double>(random_() % 2001) - 1000.0) / 100.0);
+            }
+            for (std::size_t i = 0, k = 0; i < n; ++i) {
+                for (std::size_t j = 0; j <= i; ++j, ++k) triangle[k] += x[i] * x[j];
+            }
+        }
+        std::vector<float> w(rows * n);
+        for (float& value : w) value = std::normal_distribution<float>()(random_);
+        const auto loss_of = [&](bool diagonal) {
+            GptqOptions options;
+            options.grid = {4, 32, true};
+            options.damp_percent = 0.01;
+            options.few_tokens = diagonal ? 1.0 : 0.0;  // rounding to nearest
+            const Factored factored = factor(triangle, n, options);
+            EXPECT_EQ(factored.outcome.round_to_nearest, diagonal) << tokens << " tokens, seed " << seed_;
+            for (std::size_t i = 0; i < n; ++i) {
+                for (std::size_t j = i; j < n; ++j) EXPECT_TRUE(std::isfinite(factored.factor[i * n + j]));
+            }
+            Tensor weights = backend_->empty({rows, n}, DType::f32, "weights");
+            backend_->copy_from_host(w.data(), weights);
+            QuantizedLinear quantized(*backend_, rows, n, options.grid);
+            quantized.g_idx = group_index(factored.outcome, options, n);
+            solve_rows(*backend_, weights, {0, rows}, factor_, factored.outcome, options, quantized);
+            Tensor dequantized = backend_->empty({rows, n}, DType::f32, "dequantized");
+            backend_->dequantize(quantized.rows(0, rows), quantized.g_idx, dequantized);
+            std::vector<float> q(rows * n);
+            backend_->copy_to_host(dequantized, q.data());
+            const Matrix h = damped_hessian(triangle, n, 0.01);
+            double loss = 0.0;
+            for (std::size_t r = 0; r < rows; ++r) {
+                for (std::size_t i = 0; i < n; ++i) {
+                    for (std::size_t j = 0; j < n; ++j) {
+                        loss += (w[r * n + i] - q[r * n + i]) * h[i * n + j] * (w[r * n + j] - q[r * n + j]);
+                    }
+                }
+            }
+            return loss;
+        };
+        const double rounded = loss_of(true), solved = loss_of(false);
+        EXPECT_TRUE(std::isfinite(solved));
+        EXPECT_LE(solved, rounded) << tokens << " tokens, sizes to " << largest << ", seed " << seed_;
+    }
+}
+
 }  // namespace
 }  // namespace quantmill

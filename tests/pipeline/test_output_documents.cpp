@@ -31,12 +31,18 @@ const StoredTensor* find(const std::vector<StoredTensor>& tensors, const std::st
     return found == tensors.end() ? nullptr : &*found;
 }
 
+QuantizationScheme alike(const ModelGraph& graph, const QuantizationGrid& grid) {
+    GptqOptions options;
+    options.grid = grid;
+    return {graph, options};
+}
+
 TEST(OutputLayout, ReplacesWeightsOfLinearsAndCarriesTheRest) {
     const TemporaryDirectory directory;
     const StoredTensor extra{"model.mtp.proj.weight", "F8_E4M3", {3, 5}, 0, 0};
     const ModelGraph graph = write_tiny_checkpoint(directory, tiny_config("Qwen2ForCausalLM"), {extra});
     const CheckpointReader reader(directory.path());
-    const OutputLayout layout = plan_output(reader, graph, {4, 32, true}, 1'000'000'000);
+    const OutputLayout layout = plan_output(reader, graph, alike(graph, {4, 32, true}), 1'000'000'000);
     ASSERT_EQ(layout.shards.size(), 1U);
     EXPECT_EQ(layout.total_bytes(), layout.shards[0].bytes);
     const auto tensors = all_tensors(layout);
@@ -66,7 +72,7 @@ TEST(OutputLayout, OrderOfTheFiles) {
     json config = tiny_config("LlamaForCausalLM");
     config["num_hidden_layers"] = 11;
     const ModelGraph graph = write_tiny_checkpoint(directory, config, {{"aaa", "F32", {1}, 0, 0}});
-    const OutputLayout layout = plan_output(CheckpointReader(directory.path()), graph, {4, 32, true}, 1000);
+    const OutputLayout layout = plan_output(CheckpointReader(directory.path()), graph, alike(graph, {4, 32, true}), 1000);
     const auto part = [&](const std::string& name) {
         if (name == graph.embedding) return -1;
         if (name.starts_with("model.layers.")) return std::stoi(name.substr(13));
@@ -87,9 +93,47 @@ TEST(OutputLayout, TiedHeadIsOmittedEvenIfStored) {
     const ModelGraph graph =
         write_tiny_checkpoint(directory, config, {{"lm_head.weight", "BF16", {128, 64}, 0, 0}});
     const OutputLayout layout =
-        plan_output(CheckpointReader(directory.path()), graph, {4, 32, true}, 1'000'000);
+        plan_output(CheckpointReader(directory.path()), graph, alike(graph, {4, 32, true}), 1'000'000);
     EXPECT_EQ(find(all_tensors(layout), "lm_head.weight"), nullptr);
     EXPECT_NE(find(all_tensors(layout), graph.embedding), nullptr);
+}
+
+TEST(OutputLayout, AQuantizedHeadIsThereTiedOrNot) {
+    for (const bool tied : {false, true}) {
+        const TemporaryDirectory directory;
+        json config = tiny_config("LlamaForCausalLM");
+        config["tie_word_embeddings"] = tied;
+        const ModelGraph graph = write_tiny_checkpoint(directory, config);
+        QuantizationScheme scheme = alike(graph, {4, 32, true});
+        GptqOptions head;
+        head.grid = {8, 16, true};
+        scheme.set(graph.blocks, 0, head);
+        const auto tensors =
+            all_tensors(plan_output(CheckpointReader(directory.path()), graph, scheme, 1'000'000));
+        EXPECT_EQ(find(tensors, "lm_head.weight"), nullptr);
+        EXPECT_NE(find(tensors, "model.embed_tokens.weight"), nullptr);
+        const StoredTensor* scales = find(tensors, "lm_head.scales");
+        ASSERT_NE(scales, nullptr);
+        EXPECT_EQ(scales->shape, (std::vector<std::int64_t>{4, 128}));
+        EXPECT_EQ(find(tensors, "lm_head.qweight")->shape, (std::vector<std::int64_t>{16, 128}));
+    }
+}
+
+TEST(OutputLayout, GroupsLeftAsTheyAreKeepTheirWeightsAndBiases) {
+    const TemporaryDirectory directory;
+    const ModelGraph graph = write_tiny_checkpoint(directory, tiny_config("Qwen2ForCausalLM"));
+    QuantizationScheme scheme = alike(graph, {4, 32, true});
+    scheme.set(1, 0, std::nullopt);
+    const OutputLayout layout = plan_output(CheckpointReader(directory.path()), graph, scheme, 1'000'000);
+    const auto tensors = all_tensors(layout);
+    EXPECT_NE(find(tensors, "model.layers.0.self_attn.q_proj.qweight"), nullptr);
+    EXPECT_EQ(find(tensors, "model.layers.0.self_attn.q_proj.bias")->dtype, "F16");
+    EXPECT_EQ(find(tensors, "model.layers.1.self_attn.q_proj.qweight"), nullptr);
+    for (const std::string name : {"weight", "bias"}) {
+        const std::string tensor = "model.layers.1.self_attn.q_proj." + name;
+        EXPECT_EQ(find(tensors, tensor)->dtype, "BF16");
+        EXPECT_NE(std::ranges::find(layout.copied, tensor), layout.copied.end());
+    }
 }
 
 TEST(OutputLayout, OneGroupARowHasTheWidthOfEachLinear) {
@@ -98,7 +142,7 @@ TEST(OutputLayout, OneGroupARowHasTheWidthOfEachLinear) {
     const TemporaryDirectory directory;
     const ModelGraph graph = write_tiny_checkpoint(directory, tiny_config("LlamaForCausalLM"));
     const auto tensors =
-        all_tensors(plan_output(CheckpointReader(directory.path()), graph, {4, -1, true}, 1'000'000));
+        all_tensors(plan_output(CheckpointReader(directory.path()), graph, alike(graph, {4, -1, true}), 1'000'000));
     for (const std::string name : {"self_attn.q_proj", "mlp.down_proj"}) {
         const StoredTensor* scales = find(tensors, "model.layers.0." + name + ".scales");
         ASSERT_NE(scales, nullptr);

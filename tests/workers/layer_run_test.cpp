@@ -13,6 +13,7 @@
 #include "tests/workers/random_model.h"
 #include "workers/execute_job.h"
 #include "workers/job_report.h"
+#include "workers/job_scheme.h"
 #include "workers/layer_planner.h"
 
 namespace quantmill {
@@ -48,7 +49,32 @@ QuantizationSpec random_quantization(Random& random) {
     spec.desc_act = random() % 2 == 0;
     spec.damp_percent = one_of(random, {0.01, 0.05});
     spec.true_sequential = random() % 2 == 0;
+    if (random() % 3 == 0) spec.lm_head_bits = one_of(random, {4, 8});
     return spec;
+}
+
+// Leaves some groups as they are, and gives others bits of their own, as rules of a job would.
+void vary(Random& random, const ModelGraph& graph, QuantizationScheme& scheme) {
+    for (int block = 0; block < graph.blocks; ++block) {
+        for (std::size_t stage = 0; stage < graph.stages.size(); ++stage) {
+            GptqOptions options = scheme.usual();
+            options.grid.bits = one_of(random, {2, 3, 4, 8});
+            if (random() % 4 == 0) scheme.set(block, stage, options);
+            if (random() % 6 == 0) scheme.set(block, stage, std::nullopt);
+        }
+    }
+}
+
+// Blocks that Hessians pass, lm_head among them.
+int streamed_blocks(const PreparedJob& job) { return job.graph.blocks + (job.head ? 1 : 0); }
+
+std::size_t quantized_linears(const PreparedJob& job) {
+    std::size_t count = 0;
+    for_each_quantized(job.graph, job.scheme,
+                       [&](int, std::size_t, const LinearGroup& group, const GptqOptions&) {
+                           count += group.linears.size();
+                       });
+    return count;
 }
 
 // Any groups of the ranks, and any ranges of blocks in any number of sweeps, also empty ones.
@@ -106,11 +132,14 @@ protected:
             spec.quantization = random_quantization(random_);
             spec.quantization.propagate = propagate;
             spec.output.max_shard_size = one_of<std::uint64_t>(random_, {8'000, 40'000, 5'000'000'000});
-            OutputLayout layout =
-                plan_output(reader, graph, {spec.quantization.bits, spec.quantization.group_size, true},
-                            spec.output.max_shard_size);
-            jobs.push_back({spec, reader, graph, store, shards, std::move(layout)});
+            QuantizationScheme scheme = scheme_of_job(spec, graph, true);
+            if (random_() % 2 == 0) vary(random_, graph, scheme);
+            OutputLayout layout = plan_output(reader, graph, scheme, spec.output.max_shard_size);
+            const bool head = scheme.quantizes_head();
+            jobs.push_back({spec, reader, graph, store, shards, std::move(scheme), std::move(layout), head});
         }
+        const bool head = std::ranges::any_of(jobs, [](const PreparedJob& job) { return job.head; });
+        for (PreparedJob& job : jobs) job.head = head;
         return jobs;
     }
 
@@ -128,8 +157,8 @@ protected:
         execute_job(jobs, layers, control, *backend_, coordinator, {}, reports);
         coordinator.finish();
         if (control.rank() != 0) return;
-        for (const Report& report : reports) {
-            EXPECT_EQ(report.linears.size(), static_cast<std::size_t>(jobs[0].graph.blocks) * 7);
+        for (std::size_t o = 0; o < jobs.size(); ++o) {
+            EXPECT_EQ(reports[o].linears.size(), quantized_linears(jobs[o]));
         }
     }
 
@@ -155,7 +184,7 @@ protected:
     void run_alone(const std::vector<PreparedJob>& jobs, const std::string& name) {
         if (control_.rank() != 0) return;
         const auto alone = make_lone_control();
-        run(jobs, name, *alone, {{{0}}, {{{0, jobs[0].graph.blocks}}}});
+        run(jobs, name, *alone, {{{0}}, {{{0, streamed_blocks(jobs[0])}}}});
     }
 
     Control& control_ = test_control();
@@ -171,7 +200,7 @@ TEST_F(LayerRunTest, AnyPlacementWritesTheBytesOfOneProcess) {
     for (int round = 0; round < kRounds; ++round) {
         const std::string propagate = round % 3 == 2 ? "quantized" : "original";
         const auto jobs = random_jobs(round, propagate, 1);
-        const LayerPlan layers = random_layers(random_, control_.size(), jobs[0].graph.blocks);
+        const LayerPlan layers = random_layers(random_, control_.size(), streamed_blocks(jobs[0]));
         const std::string what =
             fmt::format("round {}, {}, {} sequences, {} blocks, {}", round, propagate,
                         jobs[0].calibration.sequences.size(), jobs[0].graph.blocks, describe(layers));
@@ -185,7 +214,7 @@ TEST_F(LayerRunTest, AnyPlacementWritesTheBytesOfOneProcess) {
 TEST_F(LayerRunTest, EachOfManyOutputsIsThatOfAJobOfItsOwn) {
     for (int round = 0; round < 3; ++round) {
         const auto jobs = random_jobs(round, "original", 3);
-        const LayerPlan layers = random_layers(random_, control_.size(), jobs[0].graph.blocks);
+        const LayerPlan layers = random_layers(random_, control_.size(), streamed_blocks(jobs[0]));
         run(jobs, fmt::format("together{}", round), control_, layers);
         for (std::size_t o = 0; o < jobs.size(); ++o) {
             const std::string alone = fmt::format("alone{}-{}", round, o);
@@ -202,7 +231,7 @@ TEST_F(LayerRunTest, EachOfManyOutputsIsThatOfAJobOfItsOwn) {
 TEST_F(LayerRunTest, StoredHessiansGiveTheSameBytes) {
     for (int round = 0; round < 3; ++round) {
         auto jobs = random_jobs(round, "original", 2);
-        const int blocks = jobs[0].graph.blocks;
+        const int blocks = streamed_blocks(jobs[0]);
         const LayerPlan layers = random_layers(random_, control_.size(), blocks);
         const fs::path store = root_ / fmt::format("hessians{}", round);
         for (PreparedJob& job : jobs) job.spec.calibration.save_hessians = store;

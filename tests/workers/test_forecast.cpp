@@ -28,7 +28,7 @@ protected:
 
 TEST_F(ForecastTest, CountsOperations) {
     double forward = 0.0, hessian = 0.0, factor = 0.0, solve = 0.0;
-    for (const StageWork& work : stage_work(graph_, 100)) {
+    for (const StageWork& work : stage_work(graph_.stages, graph_.attention, 100)) {
         forward += work.forward;
         hessian += work.hessian;
         factor += work.factor;

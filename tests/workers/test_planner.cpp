@@ -8,6 +8,7 @@
 #include "tests/pipeline/tiny_checkpoint.h"
 #include "workers/layer_planner.h"
 #include "workers/planner.h"
+#include "workers/job_scheme.h"
 
 namespace quantmill {
 namespace {
@@ -31,15 +32,17 @@ protected:
         CalibrationStore store;
         for (const std::int64_t length : lengths)
             store.sequences.emplace_back(static_cast<std::size_t>(length), 1);
-        const QuantizationSpec& q = spec_.quantization;
-        OutputLayout layout =
-            plan_output(reader, graph, {q.bits, q.group_size, q.sym}, spec_.output.max_shard_size);
+        QuantizationScheme scheme = scheme_of_job(spec_, graph, true);
+        OutputLayout layout = plan_output(reader, graph, scheme, spec_.output.max_shard_size);
+        const bool head = scheme.quantizes_head();
         return {spec_,
                 std::move(reader),
                 std::move(graph),
                 std::move(store),
                 plan_batch_shards(lengths, backend_->micro_batch_tokens()),
-                std::move(layout)};
+                std::move(scheme),
+                std::move(layout),
+                head};
     }
     Plan plan(const PreparedJob& job) { return make_plan(job, *control_, *backend_, "mpi", false); }
     std::string problems() { return fmt::format("{}", fmt::join(plan(job()).problems, "\n")); }
