@@ -40,6 +40,10 @@ public:
     // backend's next operation afterwards.
     virtual std::unique_ptr<Transfer> start_send(ConstTensorView tensor, int peer) = 0;
     virtual std::unique_ptr<Transfer> start_receive(TensorView tensor, int peer) = 0;
+
+    // To whom this rank will send and from whom it will receive: connects them, and all ranks for collective
+    // calls, where the first message would otherwise wait for that. Collective.
+    virtual void connect(std::span<const int> receivers, std::span<const int> senders) = 0;
 };
 
 // "nccl" or "mpi": what make_communicator would make. Collective.

@@ -33,6 +33,9 @@ public:
     std::unique_ptr<Transfer> start_send(ConstTensorView tensor, int peer) override {
         return inner_->start_send(tensor, peer);
     }
+    void connect(std::span<const int> receivers, std::span<const int> senders) override {
+        inner_->connect(receivers, senders);
+    }
     std::unique_ptr<Transfer> start_receive(TensorView tensor, int peer) override {
         process_traffic().stream += tensor.size_bytes();
         return inner_->start_receive(tensor, peer);

@@ -69,6 +69,7 @@ public:
 
     void check(int status, const std::string& what) const;
     void wait(MPI_Request& request, const std::string& what, Clock::duration busy) const;
+    void wait_for_large(MPI_Request& request, const std::string& what) const;
 
 private:
     // A text that was posted and may not have left yet.
@@ -80,6 +81,7 @@ private:
     MpiControl(const MpiControl& parent, MPI_Comm communicator);
     void learn_place();
     MPI_Comm duplicate(MPI_Comm source, const std::string& what) const;
+    bool poll(MPI_Request& request, const std::string& what, Clock::duration waited) const;
     Clock::duration meet_before(std::size_t bytes, const std::string& what);
     void barrier(const std::string& what);
     void all_reduce(std::int64_t* data, std::size_t count, MPI_Op operation, const std::string& what);
@@ -197,28 +199,59 @@ void MpiControl::check(int status, const std::string& what) const {
     throw InfrastructureError("rank {} on {}: {} failed: {}", job_rank_, host_, what, mpi_error_text(status));
 }
 
+// Whether a request is done; throws when it has been waited for too long.
+bool MpiControl::poll(MPI_Request& request, const std::string& what, Clock::duration waited) const {
+    int done = 0;
+    check(MPI_Test(&request, &done, MPI_STATUS_IGNORE), what);
+    note_poll();
+    if (done == 0 && waited > timeout_) {
+        throw InfrastructureError(
+            "rank {} on {} waited {:.0f} s for {}: a peer hangs, is lost or is far slower "
+            "(QUANTMILL_TIMEOUT sets the limit)",
+            job_rank_, host_, duration<double>(waited).count(), what);
+    }
+    return done != 0;
+}
+
 // Polls: without sleeping for the time `busy`, then with sleeps that grow with the time waited, so that a
 // short wait costs no latency and a long one no core.
 void MpiControl::wait(MPI_Request& request, const std::string& what, Clock::duration busy) const {
     const Clock::time_point start = Clock::now();
     while (true) {
-        int done = 0;
-        check(MPI_Test(&request, &done, MPI_STATUS_IGNORE), what);
-        note_poll();
-        if (done != 0) return;
         const Clock::duration waited = Clock::now() - start;
-        if (waited > timeout_) {
-            throw InfrastructureError(
-                "rank {} on {} waited {:.0f} s for {}: a peer hangs, is lost or is far slower "
-                "(QUANTMILL_TIMEOUT sets the limit)",
-                job_rank_, host_, duration<double>(waited).count(), what);
-        }
+        if (poll(request, what, waited)) return;
         if (waited < busy) {
             std::this_thread::yield();
         } else {
             std::this_thread::sleep_for(
                 std::clamp<Clock::duration>(waited / 10, microseconds(10), milliseconds(1)));
         }
+    }
+}
+
+// A large message between two ranks, of which nobody knows when the other one comes to it. MPI moves some ten
+// KB a poll, and says nothing of it: but a burst of polls that takes twice as long as the shortest has moved
+// something. While that goes on there is no sleep; a late peer is waited for with sleeps.
+void MpiControl::wait_for_large(MPI_Request& request, const std::string& what) const {
+    constexpr int kBurst = 32;
+    const Clock::time_point start = Clock::now();
+    Clock::time_point begin = start, moved = start;
+    Clock::duration shortest = Clock::duration::max();
+    while (true) {
+        for (int i = 0; i < kBurst; ++i) {
+            if (poll(request, what, begin - start)) return;
+        }
+        const Clock::time_point end = Clock::now();
+        shortest = std::min(shortest, end - begin);
+        if (end - begin > 2 * shortest) moved = end;
+        const Clock::duration idle = end - moved;
+        if (idle < microseconds(500)) {
+            std::this_thread::yield();
+        } else {
+            std::this_thread::sleep_for(
+                std::clamp<Clock::duration>(idle / 10, microseconds(20), microseconds(300)));
+        }
+        begin = Clock::now();
     }
 }
 
@@ -291,8 +324,8 @@ std::unique_ptr<Control> MpiControl::split(int color) {
 class MpiTransfer final : public Transfer {
 public:
     enum class Direction { send, receive };
-    MpiTransfer(const MpiControl& control, Direction direction, std::string what)
-        : control_(control), direction_(direction), what_(std::move(what)) {}
+    MpiTransfer(const MpiControl& control, Direction direction, std::size_t bytes, std::string what)
+        : control_(control), direction_(direction), large_(bytes >= kLargeMessage), what_(std::move(what)) {}
     ~MpiTransfer() override {
         if (direction_ == Direction::receive) withdraw();
     }
@@ -308,7 +341,13 @@ public:
         return done != 0;
     }
     void wait() override {
-        for (MPI_Request& request : requests_) control_.wait(request, what_, milliseconds(2));
+        for (MPI_Request& request : requests_) {
+            if (large_) {
+                control_.wait_for_large(request, what_);
+            } else {
+                control_.wait(request, what_, milliseconds(2));
+            }
+        }
     }
 
 private:
@@ -329,6 +368,7 @@ private:
 
     const MpiControl& control_;
     Direction direction_;
+    bool large_;
     std::string what_;
     std::vector<MPI_Request> requests_;
 };
@@ -337,7 +377,7 @@ constexpr int kTransferTag = 1;
 
 std::unique_ptr<Transfer> MpiControl::start_send_bytes(const void* data, std::size_t bytes, int peer) {
     auto transfer =
-        std::make_unique<MpiTransfer>(*this, MpiTransfer::Direction::send,
+        std::make_unique<MpiTransfer>(*this, MpiTransfer::Direction::send, bytes,
                                       fmt::format("{} bytes to reach rank {} of {}", bytes, peer, size_));
     for (std::size_t begin = 0; begin < bytes; begin += max_message_) {
         const std::size_t piece = std::min(max_message_, bytes - begin);
@@ -350,7 +390,7 @@ std::unique_ptr<Transfer> MpiControl::start_send_bytes(const void* data, std::si
 
 std::unique_ptr<Transfer> MpiControl::start_receive_bytes(void* data, std::size_t bytes, int peer) {
     auto transfer =
-        std::make_unique<MpiTransfer>(*this, MpiTransfer::Direction::receive,
+        std::make_unique<MpiTransfer>(*this, MpiTransfer::Direction::receive, bytes,
                                       fmt::format("{} bytes from rank {} of {}", bytes, peer, size_));
     for (std::size_t begin = 0; begin < bytes; begin += max_message_) {
         const std::size_t piece = std::min(max_message_, bytes - begin);

@@ -68,6 +68,7 @@ public:
     void sum_to(TensorView sum, int root) override;
     std::unique_ptr<Transfer> start_send(ConstTensorView tensor, int peer) override;
     std::unique_ptr<Transfer> start_receive(TensorView tensor, int peer) override;
+    void connect(std::span<const int> receivers, std::span<const int> senders) override;
 
 private:
     class OwnTransfer;
@@ -264,6 +265,30 @@ std::unique_ptr<Transfer> NcclCommunicator::start_receive(TensorView tensor, int
         tensor.size_bytes(), fmt::format("{} bytes from rank {}", tensor.size_bytes(), peer), [&] {
             return ncclRecv(tensor.bytes(), tensor.size_bytes(), ncclUint8, peer, communicator_, transfers_);
         });
+}
+
+// A byte on each way: NCCL sets up a way when it is first used, which takes about a second.
+void NcclCommunicator::connect(std::span<const int> receivers, std::span<const int> senders) {
+    const auto ways = static_cast<std::int64_t>(receivers.size() + senders.size());
+    Tensor bytes = backend_.empty({ways + 1}, DType::u8, "first messages");
+    backend_.zero(bytes);
+    const std::string what = "the ranks' first messages";
+    std::byte* next = bytes.view().bytes();
+    settle(ncclBroadcast(next, next, 1, ncclUint8, 0, communicator_, backend_.stream()), what);
+    if (ways > 0) {
+        settle(ncclGroupStart(), what);
+        const auto require = [&](ncclResult_t status) {
+            if (status != ncclSuccess && status != ncclInProgress) fail(what, ncclGetErrorString(status));
+        };
+        for (const int peer : receivers) {
+            require(ncclSend(++next, 1, ncclUint8, peer, communicator_, backend_.stream()));
+        }
+        for (const int peer : senders) {
+            require(ncclRecv(++next, 1, ncclUint8, peer, communicator_, backend_.stream()));
+        }
+        settle(ncclGroupEnd(), what);
+    }
+    finish(what);
 }
 
 }  // namespace

@@ -39,9 +39,10 @@ struct LayersReport {
     std::string propagate = "quantized";  // or "original"
     std::int64_t groups = 1, sweeps = 1;
     double bubble = 0.0;  // share of the stream in which groups must idle, by the plan
-    // Of the slowest rank; with "original" only. `run_seconds`: from the first weights read to the last
-    // tensor written.
-    double stream_seconds = 0.0, solve_seconds = 0.0, waited_seconds = 0.0, run_seconds = 0.0;
+    // Of the slowest rank; with "original" only. `write_seconds`: between the last solve and the last tensor
+    // written. `run_seconds`: from the first weights read to the last tensor written.
+    double load_seconds = 0.0, stream_seconds = 0.0, solve_seconds = 0.0, write_seconds = 0.0,
+           waited_seconds = 0.0, run_seconds = 0.0;
     // Bytes that came to ranks from others, over all ranks: weights and factors, Hessians, quantized rows,
     // hidden states, finished tensors.
     std::uint64_t broadcast_bytes = 0, sum_bytes = 0, gather_bytes = 0, stream_bytes = 0, delivery_bytes = 0;

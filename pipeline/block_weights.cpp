@@ -23,10 +23,17 @@ Shape shape_of(const StoredTensor& stored) {
                    stored.shape.size());
 }
 
+constexpr std::size_t kThreads = 8;
+// A multiple of every dtype's size.
+constexpr std::size_t kLoadPiece = std::size_t{16} << 20U;
+
+TensorView as_bytes(TensorView tensor, Backend& backend) {
+    return {tensor.bytes(), DType::u8, {static_cast<std::int64_t>(tensor.size_bytes())}, &backend};
+}
+
 // With several threads, since one does not keep a parallel file system busy.
 template <class T, class Work>
 void for_each_on_threads(std::vector<T>& items, const Work& work) {
-    constexpr std::size_t kThreads = 8;
     std::atomic<std::size_t> next = 0;
     std::vector<std::future<void>> threads;
     for (std::size_t t = 0; t < std::min(kThreads, items.size()); ++t) {
@@ -76,6 +83,8 @@ WeightLoader::WeightLoader(Backend& backend, Control& control, Communicator& com
     if (auto schemes = schemes_of(reader)) schemes_ = std::make_unique<GptqSchemes>(std::move(*schemes));
 }
 
+WeightLoader::~WeightLoader() { stop_reading_ahead(); }
+
 std::vector<std::string> WeightLoader::names_of_block(int block) const {
     std::vector<std::string> names;
     for (const auto& [norm, length] : graph_.norms_of(block)) names.push_back(graph_.in_block(block, norm));
@@ -101,16 +110,65 @@ WeightLoader::Coming WeightLoader::expect(const std::string& name) {
             backend_.empty(shape_of(stored), weight_dtype(reader_, name), name)};
 }
 
+// In pieces, so that a block's few large tensors keep all threads busy.
 EventPtr WeightLoader::bring(std::vector<Coming>& share) {
+    struct Piece {
+        Coming* coming;
+        std::size_t begin, end;
+    };
+    std::vector<Piece> pieces;
+    for (Coming& coming : share) {
+        for (std::size_t begin = 0; begin < coming.host.size(); begin += kLoadPiece) {
+            pieces.push_back({&coming, begin, std::min(begin + kLoadPiece, coming.host.size())});
+        }
+    }
     std::mutex lane;
-    for_each_on_threads(share, [&](Coming& coming) {
-        const StoredTensor& stored = reader_.find(coming.name);
-        reader_.read(coming.name, coming.host.data());
-        require_finite(stored, coming.host.data(), reader_.file_of(coming.name).string());
+    for_each_on_threads(pieces, [&](Piece& piece) {
+        Coming& coming = *piece.coming;
+        std::byte* host = coming.host.data() + piece.begin;
+        const std::size_t bytes = piece.end - piece.begin;
+        reader_.read(coming.name, piece.begin, host, bytes);
+        require_finite(reader_.find(coming.name), piece.begin, host, bytes,
+                       reader_.file_of(coming.name).string());
+        const TensorView whole = as_bytes(coming.tensor, backend_);
         const std::lock_guard lock(lane);
-        lane_->upload(coming.host.data(), coming.tensor);
+        lane_->upload(
+            host, whole.rows(static_cast<std::int64_t>(piece.begin), static_cast<std::int64_t>(piece.end)));
     });
     return lane_->record();
+}
+
+void WeightLoader::read_ahead(int begin, int end, std::size_t most) {
+    stop_reading_ahead();
+    std::vector<std::string> names;
+    for (int block = begin; block < std::min(end, graph_.blocks); ++block) {
+        for (const std::string& name : names_of_block(block)) {
+            if (!reader_.contains(name) || owner_of(name) != control_.rank()) continue;
+            if (reader_.find(name).bytes() > most) break;
+            most -= reader_.find(name).bytes();
+            names.push_back(name);
+        }
+    }
+    ahead_ = std::async(std::launch::async, [this, names = std::move(names)] {
+        std::vector<std::byte> piece(kLoadPiece);
+        for (const std::string& name : names) {
+            const std::size_t bytes = reader_.find(name).bytes();
+            for (std::size_t at = 0; at < bytes && !stop_ahead_; at += piece.size()) {
+                try {
+                    reader_.read(name, at, piece.data(), std::min(piece.size(), bytes - at));
+                } catch (const Error&) {
+                    return;  // who needs the tensor will meet it again
+                }
+            }
+        }
+    });
+}
+
+void WeightLoader::stop_reading_ahead() {
+    if (!ahead_.valid()) return;
+    stop_ahead_ = true;
+    ahead_.get();
+    stop_ahead_ = false;
 }
 
 void WeightLoader::prefetch_block(int block) {
@@ -134,14 +192,25 @@ void WeightLoader::await_prefetch() {
     prefetched_block_ = -1;
 }
 
-// Piece by piece: an embedding is too large to be held twice.
+// Some pieces at a time: an embedding is too large to be held twice.
 void WeightLoader::read_into(const std::string& name, TensorView tensor) const {
-    const TensorView bytes(tensor.bytes(), DType::u8, {static_cast<std::int64_t>(tensor.size_bytes())},
-                           &backend_);
-    read_finite(reader_, name, [&](std::uint64_t offset, const std::byte* data, std::size_t count) {
-        const auto begin = static_cast<std::int64_t>(offset);
-        backend_.copy_from_host(data, bytes.rows(begin, begin + static_cast<std::int64_t>(count)));
-    });
+    const StoredTensor& stored = reader_.find(name);
+    const std::string file = reader_.file_of(name).string();
+    const TensorView all = as_bytes(tensor, backend_);
+    std::vector<std::byte> host(std::min<std::size_t>(stored.bytes(), kThreads * kLoadPiece));
+    for (std::size_t begin = 0; begin < stored.bytes(); begin += host.size()) {
+        const std::size_t end = std::min<std::size_t>(begin + host.size(), stored.bytes());
+        std::vector<std::size_t> pieces;
+        for (std::size_t piece = begin; piece < end; piece += kLoadPiece) pieces.push_back(piece);
+        for_each_on_threads(pieces, [&](std::size_t piece) {
+            std::byte* data = host.data() + (piece - begin);
+            const std::size_t bytes = std::min(kLoadPiece, end - piece);
+            reader_.read(name, piece, data, bytes);
+            require_finite(stored, piece, data, bytes, file);
+        });
+        backend_.copy_from_host(host.data(),
+                                all.rows(static_cast<std::int64_t>(begin), static_cast<std::int64_t>(end)));
+    }
 }
 
 Tensor WeightLoader::load(const std::string& name, const Shape& shape) {

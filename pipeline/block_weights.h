@@ -1,5 +1,7 @@
 #pragma once
 
+#include <atomic>
+#include <cstddef>
 #include <future>
 #include <map>
 #include <memory>
@@ -42,11 +44,17 @@ class WeightLoader {
 public:
     WeightLoader(Backend& backend, Control& control, Communicator& communicator,
                  const CheckpointReader& reader, const ModelGraph& graph);
+    ~WeightLoader();
+    WeightLoader(const WeightLoader&) = delete;
+    WeightLoader& operator=(const WeightLoader&) = delete;
 
     // Block number graph.blocks is the final norm and lm_head.
     // Starts reading this rank's share of a block and bringing it to the backend, beside whatever the backend
     // computes; load_block uses it when it is there.
     void prefetch_block(int block);
+    // Reads this rank's share of blocks [begin, end), of `most` bytes at most, in the background and forgets
+    // it: the host's file cache then has it when those blocks are loaded.
+    void read_ahead(int begin, int end, std::size_t most);
     // Weights as stored, without `forward`.
     BlockWeights load_block(int block);
     // Weights ready for the forward pass, dequantized when the checkpoint is a GPTQ one.
@@ -69,6 +77,7 @@ private:
     void read_into(const std::string& name, TensorView tensor) const;
     EventPtr bring(std::vector<Coming>& share);  // reads, checks for NaN, uploads
     void await_prefetch();
+    void stop_reading_ahead();
     LinearWeights load_linear(int block, const Linear& linear);
     Tensor decode_linear(int block, const Linear& linear);
 
@@ -83,6 +92,8 @@ private:
     std::map<std::string, Tensor> at_hand_;
     std::unique_ptr<CopyLane> lane_;  // used by the prefetch only; goes before the buffers that it reads
     std::future<EventPtr> arrival_;   // goes first: its thread fills the share
+    std::atomic<bool> stop_ahead_{false};
+    std::future<void> ahead_;
 };
 
 }  // namespace quantmill

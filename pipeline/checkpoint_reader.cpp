@@ -268,10 +268,18 @@ void CheckpointReader::read(const std::string& name, void* destination) const {
 void require_finite(const StoredTensor& tensor, const void* data, const std::string& file) {
     const auto dtype = dtype_from_safetensors(tensor.dtype);
     if (!dtype) return;
-    const auto position = first_not_finite(*dtype, data, static_cast<std::uint64_t>(tensor.count()));
+    require_finite(tensor, 0, data, static_cast<std::size_t>(tensor.count()) * size_of(*dtype), file);
+}
+
+void require_finite(const StoredTensor& tensor, std::uint64_t offset, const void* data, std::size_t bytes,
+                    const std::string& file) {
+    const auto dtype = dtype_from_safetensors(tensor.dtype);
+    if (!dtype) return;
+    const auto position = first_not_finite(*dtype, data, bytes / size_of(*dtype));
     if (!position) return;
     throw BadInput("{}: tensor '{}' holds {} at {}: the checkpoint is damaged", file, tensor.name,
-                   element(*dtype, data, *position), describe_position(tensor.shape, *position));
+                   element(*dtype, data, *position),
+                   describe_position(tensor.shape, offset / size_of(*dtype) + *position));
 }
 
 void read_finite(const CheckpointReader& reader, const std::string& name, const PieceSink& sink) {
@@ -281,11 +289,7 @@ void read_finite(const CheckpointReader& reader, const std::string& name, const 
     for (std::uint64_t offset = 0; offset == 0 || offset < tensor.bytes(); offset += kReadPiece) {
         piece.resize(std::min<std::uint64_t>(kReadPiece, tensor.bytes() - offset));
         reader.read(name, offset, piece.data(), piece.size());
-        StoredTensor part = tensor;
-        part.shape = {
-            static_cast<std::int64_t>(piece.size() * 8 / safetensors_bits(tensor.dtype).value_or(8))};
-        part.end = part.begin + piece.size();
-        require_finite(part, piece.data(), file);
+        require_finite(tensor, offset, piece.data(), piece.size(), file);
         sink(offset, piece.data(), piece.size());
     }
 }

@@ -48,6 +48,9 @@ private:
 // Throws BadInput naming tensor, row and value when float data (f32, f16, bf16 or f64) holds NaN or
 // an infinity; other dtypes pass.
 void require_finite(const StoredTensor& tensor, const void* data, const std::string& file);
+// The same for bytes [offset, offset + bytes) of it, whole elements.
+void require_finite(const StoredTensor& tensor, std::uint64_t offset, const void* data, std::size_t bytes,
+                    const std::string& file);
 
 // Reads a tensor in pieces of at most kReadPiece bytes, checks each as require_finite does and hands it on.
 // An empty tensor is one empty piece.

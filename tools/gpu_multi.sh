@@ -128,13 +128,18 @@ comm() {
     done
 }
 
-# NAME RANKS SEQUENCES --set …: prints the table of bench_block, efficiency beside the run of one rank of that PROPAGATE
+# NAME RANKS --set …: prints the table of bench_block, and efficiency beside the last run of one rank: of a block amid
+# the others with quantized, with original of the whole run from the first weights read to the last tensor written. What
+# comes before (MPI, CUDA, NCCL, measuring for the plan) takes as long for 80 blocks; bench_block prints it by itself.
+# Shards of 1 GB: a whole model has many more of them than there are groups, so that most tensors are written by the rank
+# that made them; in one shard of 5 GB these few blocks would all go to one rank.
 one_scaling() {
     local name=$1 n=$2 seconds
     shift 2
     rm -rf "$directory/$shape/out"
     logged 150 "$name" mpirun --bind-to none --oversubscribe -n "$n" bench_block --no-inspect --shape "$shape" \
-        --blocks $blocks --directory "$directory/$shape" --set "compute.backend=$backend" "$@" || return
+        --blocks $blocks --directory "$directory/$shape" --set "compute.backend=$backend" --set output.max_shard_size=1GB \
+        "$@" || return
     echo "-- $name"
     sed -n '/tokens, /,$p' "$directory/$name.log"
     seconds=$(awk '$1 == "block" { print $2 }' "$directory/$name.log")
@@ -145,16 +150,21 @@ one_scaling() {
 }
 
 scaling() {  # SUFFIX, then sequences and length
-    local suffix=$1 n groups
+    local suffix=$1 n groups chosen=
     shift
     alone=1
     one_scaling "original$suffix-1" 1 "$@" --set quantization.propagate=original
     for n in "${counts[@]}"; do
         for groups in auto 1 "$n"; do
+            if [ "$groups" = "${chosen:-}" ]; then continue; fi  # as auto did
             one_scaling "original$suffix-$n-$groups" "$n" "$@" --set quantization.propagate=original \
                 --set "compute.layer_groups=$groups" --set "compute.communicator=$communicator"
             if [ -n "$suffix" ]; then break; fi  # auto only
+            if [ "$groups" = auto ]; then
+                chosen=$(sed -nE 's/.* in ([0-9]+) group\(s\).*/\1/p' "$directory/original$suffix-$n-auto.log")
+            fi
         done
+        chosen=
     done
     for n in 1 "${counts[@]}"; do
         one_scaling "quantized$suffix-$n" "$n" "$@"

@@ -144,61 +144,55 @@ void CheckpointOutput::copy_tensor(const std::string& name) {
     });
 }
 
-EncodedTensor CheckpointOutput::encode_bias(const std::string& name, const Tensor& bias) const {
+std::vector<std::byte> CheckpointOutput::encode_bias(const std::string& name, const Tensor& bias) const {
     Tensor half = backend_.empty(bias.shape(), DType::f16, name);
     backend_.convert(bias, half);
-    EncodedTensor encoded{name, std::vector<std::byte>(half.view().size_bytes())};
-    backend_.copy_to_host(half, encoded.bytes.data());
-    return encoded;
+    std::vector<std::byte> bytes(half.view().size_bytes());
+    backend_.copy_to_host(half, bytes.data());
+    return bytes;
 }
 
-void CheckpointOutput::write(EncodedTensor tensor) {
-    const std::size_t bytes = tensor.bytes.size();  // before the move
-    writes_.submit(bytes, [this, tensor = std::move(tensor)] {
-        writer_.write(tensor.name, tensor.bytes.data(), tensor.bytes.size());
+void CheckpointOutput::write(const std::string& name, std::span<const std::byte> bytes,
+                             std::shared_ptr<const void> owner) {
+    writes_.submit(bytes.size(), [this, name, bytes, owner = std::move(owner)] {
+        writer_.write(name, bytes.data(), bytes.size());
     });
 }
 
-std::vector<EncodedTensor> CheckpointOutput::encode_group(int block, const LinearGroup& group,
-                                                          const QuantizedLinear& quantized,
-                                                          const std::vector<LinearWeights>& weights) const {
-    std::vector<EncodedTensor> all;
-    std::int64_t row = 0;
-    for (std::size_t l = 0; l < group.linears.size(); ++l) {
-        const Linear& linear = group.linears[l];
-        const std::string prefix = job_.graph.in_block(block, linear.name);
-        EncodedLinear(backend_, *lane_, quantized, row, row + linear.rows)
-            .write(prefix, format_, [&all](const std::string& name, const void* data, std::size_t bytes) {
-                const auto* first = static_cast<const std::byte*>(data);
-                all.push_back({name, {first, first + bytes}});
-            });
-        if (linear.bias) all.push_back(encode_bias(prefix + ".bias", weights[l].bias));
-        row += linear.rows;
+// On the writing thread.
+void CheckpointOutput::place(const std::string& name, std::span<const std::byte> bytes,
+                             const EncodedLinear::Sink& elsewhere) {
+    if (writer_.owns(name)) {
+        writer_.write(name, bytes.data(), bytes.size());
+    } else if (elsewhere) {
+        elsewhere(name, bytes.data(), bytes.size());
     }
-    return all;
 }
 
 void CheckpointOutput::write_group(int block, const LinearGroup& group, const QuantizedLinear& quantized,
-                                   const std::vector<LinearWeights>& weights) {
+                                   const std::vector<LinearWeights>& weights,
+                                   const EncodedLinear::Sink& elsewhere) {
+    const auto wanted = [&](const std::string& name) { return elsewhere || writer_.owns(name); };
     std::int64_t row = 0;
     for (std::size_t l = 0; l < group.linears.size(); ++l) {
         const Linear& linear = group.linears[l];
         const std::string prefix = job_.graph.in_block(block, linear.name);
         const auto tensors = gptq_tensors(prefix, linear.rows, linear.columns, quantized.grid);
-        const bool any = std::any_of(tensors.begin(), tensors.end(),
-                                     [&](const StoredTensor& tensor) { return writer_.owns(tensor.name); });
-        if (any) {
+        if (std::any_of(tensors.begin(), tensors.end(), [&](const auto& t) { return wanted(t.name); })) {
             const auto encoded =
                 std::make_shared<EncodedLinear>(backend_, *lane_, quantized, row, row + linear.rows);
-            writes_.submit(encoded->bytes(), [this, prefix, encoded] {
+            writes_.submit(encoded->bytes(), [this, prefix, encoded, elsewhere] {
                 encoded->write(prefix, format_,
-                               [this](const std::string& name, const void* data, std::size_t bytes) {
-                                   if (writer_.owns(name)) writer_.write(name, data, bytes);
+                               [&](const std::string& name, const void* data, std::size_t bytes) {
+                                   place(name, {static_cast<const std::byte*>(data), bytes}, elsewhere);
                                });
             });
         }
-        if (linear.bias && writer_.owns(prefix + ".bias")) {
-            write(encode_bias(prefix + ".bias", weights[l].bias));
+        if (const std::string bias = prefix + ".bias"; linear.bias && wanted(bias)) {
+            auto bytes = encode_bias(bias, weights[l].bias);
+            const std::size_t count = bytes.size();
+            writes_.submit(
+                count, [this, bias, bytes = std::move(bytes), elsewhere] { place(bias, bytes, elsewhere); });
         }
         row += linear.rows;
     }

@@ -1,20 +1,20 @@
 #pragma once
 
+#include <memory>
+#include <span>
+#include <string>
+#include <vector>
+
 #include "comm/control.h"
 #include "jobs/report.h"
 #include "pipeline/checkpoint_writer.h"
+#include "pipeline/gptq_format.h"
 #include "pipeline/quantization_config.h"
 #include "workers/prepared_job.h"
 #include "workers/task_queue.h"
 #include "workers/worker.h"
 
 namespace quantmill {
-
-// A tensor as its file holds it.
-struct EncodedTensor {
-    std::string name;
-    std::vector<std::byte> bytes;
-};
 
 // This rank's part of the output checkpoint: the shards it owns, and on rank 0 everything around them.
 class CheckpointOutput {
@@ -33,21 +33,23 @@ public:
     // All writing goes on beside the computation: what fails is thrown by a later call.
     // Tensors that stay as they are, in this rank's shards; refuses NaN and infinities.
     void copy_untouched();
-    // The linears of a group, in this rank's shards.
+    // The linears of a group, in this rank's shards. `elsewhere` takes the tensors of other ranks' shards, on
+    // the writing thread; none: nobody wants them.
     void write_group(int block, const LinearGroup& group, const QuantizedLinear& quantized,
-                     const std::vector<LinearWeights>& weights);
-    // All tensors of a group, whoever writes them; and one of them in this rank's shards.
-    std::vector<EncodedTensor> encode_group(int block, const LinearGroup& group,
-                                            const QuantizedLinear& quantized,
-                                            const std::vector<LinearWeights>& weights) const;
-    void write(EncodedTensor tensor);
+                     const std::vector<LinearWeights>& weights, const EncodedLinear::Sink& elsewhere = {});
+    // A tensor in this rank's shards, as its file holds it; `bytes` lie in memory that `owner` keeps.
+    void write(const std::string& name, std::span<const std::byte> bytes, std::shared_ptr<const void> owner);
+    // Waits for all writing that was asked for.
+    void settle() { writes_.finish(); }
     // Closes the shards of all ranks; then rank 0 writes configs, card and report, and the index last.
     // Collective.
     void finish(const Report& report);
 
 private:
     void copy_tensor(const std::string& name);
-    EncodedTensor encode_bias(const std::string& name, const Tensor& bias) const;
+    std::vector<std::byte> encode_bias(const std::string& name, const Tensor& bias) const;
+    void place(const std::string& name, std::span<const std::byte> bytes,
+               const EncodedLinear::Sink& elsewhere);
     void write_documents(const Report& report) const;
 
     const PreparedJob& job_;

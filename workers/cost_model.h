@@ -31,6 +31,8 @@ std::vector<StageWork> stage_work(const std::vector<Stage>& stages, const Attent
 struct Rates {
     double forward = 0.0, attention = 0.0, hessian = 0.0, factor = 0.0, solve = 0.0;
     double disk = 0.0;                // of a host, reading and writing
+    double reading = 0.0;             // of a rank, its weights; 0: its share of the disk
+    double writing = 0.0;             // of a rank, which packs and writes with one thread
     double link = 0.0;                // of a rank, to ranks of its host
     double network = 0.0;             // of a rank, to ranks of other hosts
     double seconds_per_column = 0.0;  // of a factor, beside its operations

@@ -36,12 +36,13 @@ private:
     };
 
     // Joins the ranks of this rank's group with those of group `other`, none when it does not exist.
-    Link join(Control& control, const LayerPlan& plan, int other, int color, std::size_t shards);
+    // Hidden states will go there or come from there.
+    Link join(Control& control, const LayerPlan& plan, int other, bool sends, int color, std::size_t shards);
     Channel open(std::unique_ptr<Control> control) const;
 
     Backend& backend_;
     std::string kind_;
-    int own_;
+    int own_, index_;  // its group, and its place there
     Channel group_;
     std::vector<Channel> channels_;
     Link previous_, next_, around_;

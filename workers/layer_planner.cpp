@@ -16,6 +16,10 @@ namespace {
 // A plan of more groups must promise this much more, since its predictions are not better than that.
 constexpr double kWorthMoreGroups = 0.97;
 
+// Bytes a second of finished tensors that a rank hands to the writers of their files, over MPI after the last
+// solve.
+constexpr double kDelivery = 1.5e9;
+
 double hessian_bytes(const ModelGraph& graph) {
     double bytes = 0.0;
     for (const Stage& stage : graph.stages) {
@@ -138,6 +142,17 @@ std::optional<LayerPlan> plan_groups(const PlannedWork& work, const World& world
     return plan;
 }
 
+double solve_seconds(const PlannedWork& work, const BlockCost& cost, int blocks, int ranks) {
+    std::vector<SolveTask> tasks;
+    for (int block = 0; block < blocks; ++block) {
+        for (std::size_t stage = 0; stage < cost.factor.size(); ++stage) {
+            tasks.push_back(
+                {block, stage, work.factors * cost.factor[stage], work.solves * cost.solve[stage]});
+        }
+    }
+    return plan_solves(tasks, ranks).seconds;
+}
+
 bool spans_hosts(const World& world, const std::vector<int>& ranks) {
     return std::any_of(ranks.begin(), ranks.end(), [&](int rank) {
         return world.hosts[static_cast<std::size_t>(rank)] != world.hosts[static_cast<std::size_t>(ranks[0])];
@@ -253,10 +268,17 @@ std::vector<GroupTimeline> simulate(const PlannedWork& work, const World& world,
     const BlockCost one_token = block_cost(graph, rates, 1.0, length, search_work(work.grid, rates));
     const double block_bytes =
         static_cast<double>(graph.block_parameters()) * static_cast<double>(work.stored_bytes);
-    const double write_share = work.written_bytes / graph.blocks;
-    const double ranks_per_host = static_cast<double>(world.size()) / world.host_count();
+    const double embedding =
+        static_cast<double>(graph.vocab_size * graph.hidden_size) * static_cast<double>(work.stored_bytes);
+    // What stays as it is is copied beside all else.
+    const double copied = std::max(0.0, work.read_bytes - block_bytes * graph.blocks) * work.solves;
+    const double write_share = std::max(0.0, work.written_bytes - copied) / graph.blocks;
+    const double disk_share = rates.disk * world.host_count() / world.size();  // ranks of a host share it
+    const double reading = rates.reading > 0.0 ? rates.reading : disk_share;
+    const double writing = std::min(rates.writing, disk_share);
     std::vector<GroupTimeline> lines(plan.groups.size());
-    std::vector<double> item_seconds(plan.groups.size(), 0.0), free_at(plan.groups.size(), 0.0);
+    std::vector<double> item_seconds(plan.groups.size(), 0.0), free_at(plan.groups.size(), 0.0),
+        delivery(plan.groups.size(), 0.0);
     for (std::size_t s = 0; s < plan.sweeps.size(); ++s) {
         double first_arrival = 0.0, last_arrival = 0.0;
         if (s > 0) {  // back from the last group
@@ -272,9 +294,9 @@ std::vector<GroupTimeline> simulate(const PlannedWork& work, const World& world,
             item_seconds[g] = stream / load.items;
             const double read =
                 block_bytes + (plan.streams ? 0.0 : hessian_bytes(graph));  // from their store
-            // The groups of a host read at the same time.
-            const double disk = rates.disk * static_cast<double>(group.size()) / ranks_per_host;
-            const double loaded = free_at[g] + blocks * read / disk;
+            const auto ranks = static_cast<double>(group.size());
+            const double first_read = plan.streams && g == 0 && s == 0 ? embedding : 0.0;
+            const double loaded = free_at[g] + (blocks * read + first_read) / (reading * ranks);
             const double begin = plan.streams ? std::max(loaded, first_arrival) : loaded;
             line.first_item = begin;
             line.streamed = plan.streams ? std::max(begin + stream, last_arrival + item_seconds[g]) : begin;
@@ -282,16 +304,13 @@ std::vector<GroupTimeline> simulate(const PlannedWork& work, const World& world,
             const double carries = spans_hosts(world, group) ? rates.network : rates.link;
             const double reduce =
                 plan.streams && group.size() > 1 ? blocks * hessian_bytes(graph) / carries : 0.0;
-            std::vector<SolveTask> tasks;
-            for (int block = 0; block < blocks; ++block) {
-                for (std::size_t stage = 0; stage < graph.stages.size(); ++stage) {
-                    tasks.push_back({block, stage, work.factors * one_token.factor[stage],
-                                     work.solves * one_token.solve[stage]});
-                }
-            }
-            const double solve = plan_solves(tasks, static_cast<int>(group.size())).seconds;
+            const double solve = solve_seconds(work, one_token, blocks, static_cast<int>(group.size()));
             line.solved = line.streamed + reduce + solve;
-            line.written = line.solved + write_share * blocks / disk * 0.1;
+            // Of what a group of several ranks makes, each rank writes its part of the files, beside the
+            // solves.
+            const double made = write_share * blocks / ranks;
+            delivery[g] += made * (ranks - 1.0) / ranks / kDelivery;
+            line.written = std::max(line.solved, line.streamed + reduce + made / writing) + delivery[g];
             line.stream_seconds += stream;
             line.reduce_seconds += reduce;
             line.solve_seconds += solve;

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <optional>
 
+#include "kernels/cpu/free_memory.h"
 #include "pipeline/fingerprint.h"
 #include "pipeline/model_card.h"
 #include "pipeline/stopwatch.h"
@@ -47,7 +48,8 @@ std::string hessian_store_obstacle(const PreparedJob& job, Control& control) {
     std::string obstacle;
     if (control.rank() == 0) {
         try {
-            if (!spec.hessians.empty()) HessianStore(spec.hessians, job.graph, origin, job.head).require_complete();
+            if (!spec.hessians.empty())
+                HessianStore(spec.hessians, job.graph, origin, job.head).require_complete();
             if (!spec.save_hessians.empty()) {
                 HessianStore(spec.save_hessians, job.graph, origin, job.head).require_no_other();
             }
@@ -140,7 +142,9 @@ std::vector<std::vector<LinearReport>> LayerRun::run() {
     for (std::size_t sweep = 0; sweep < plan_.sweeps.size(); ++sweep) run_sweep(sweep);
     if (purpose_ == Purpose::write) {
         coordinator_.report("writing", 1.0);
+        const Stopwatch tail;
         delivery_->finish();
+        write_seconds_ = tail.seconds();
     }
     run_seconds_ = watch.seconds();
     std::vector<std::vector<LinearReport>> all;
@@ -151,11 +155,19 @@ std::vector<std::vector<LinearReport>> LayerRun::run() {
 }
 
 void LayerRun::run_sweep(std::size_t sweep) {
-    std::vector<HeldBlock> held = load_blocks(plan_.sweeps[sweep][group_]);
-    const SweepSolves solves = solves_of(job().graph, backend_.name(), plan_, sweep, group_);
     Stopwatch watch;
+    std::vector<HeldBlock> held = load_blocks(plan_.sweeps[sweep][group_]);
+    Tensor embedding;
+    if (!given_ && stream_->needs_embedding(sweep)) {
+        embedding = loader_.load(job().graph.embedding, {job().graph.vocab_size, job().graph.hidden_size});
+    }
+    backend_.synchronize();
+    load_seconds_all_ += watch.restart();
+    const SweepSolves solves = solves_of(job().graph, backend_.name(), plan_, sweep, group_);
+    read_ahead(sweep + 1);
     if (!given_) {
-        stream(sweep, held);
+        stream_->run(sweep, embedding, held);
+        embedding = {};
         stream_seconds_ += watch.restart();
         reduce(held, solves);
     }
@@ -169,6 +181,14 @@ void LayerRun::prefetch(std::size_t sweep) {
     loader_.prefetch_block(plan_.sweeps[sweep][group_].begin);
 }
 
+// The first sweep's blocks have nothing to hide behind; those of later ones are read while this one computes.
+void LayerRun::read_ahead(std::size_t sweep) {
+    if (sweep >= plan_.sweeps.size()) return;
+    const BlockRange next = plan_.sweeps[sweep][group_];
+    const std::size_t share = free_host_memory() / static_cast<std::size_t>(control_.local_size());
+    loader_.read_ahead(next.begin, next.end, share / 2);
+}
+
 std::vector<HeldBlock> LayerRun::load_blocks(BlockRange range) {
     std::vector<HeldBlock> held;
     for (int block = range.begin; block < range.end; ++block) {
@@ -179,15 +199,6 @@ std::vector<HeldBlock> LayerRun::load_blocks(BlockRange range) {
         load_seconds_[block] = watch.seconds();
     }
     return held;
-}
-
-void LayerRun::stream(std::size_t sweep, std::vector<HeldBlock>& held) {
-    const ModelGraph& graph = job().graph;
-    Tensor embedding;
-    if (stream_->needs_embedding(sweep)) {
-        embedding = loader_.load(graph.embedding, {graph.vocab_size, graph.hidden_size});
-    }
-    stream_->run(sweep, embedding, held);
 }
 
 // Sums each Hessian over the ranks of the group, on the rank that will factor it, or write it first.
@@ -337,6 +348,7 @@ void LayerRun::solve_outputs(const SolveTask& task, const Team& team, HeldBlock&
             if (purpose_ == Purpose::measure) {
                 signal = solvers_[o].signal(team, task.block, task.stage, weights, factor, outcome);
             }
+            if (purpose_ == Purpose::write) delivery_->poll();
         }
         report(task, "solving rows");
         const Tensor damped = solvers_[o].share_damped(team, 0, task.block, task.stage, outcome, hessian);
@@ -350,7 +362,8 @@ void LayerRun::solve_outputs(const SolveTask& task, const Team& team, HeldBlock&
         for (std::size_t l = 0; l < linears.size(); ++l) linears[l].signal = signal[l];
         reports_[o].insert(reports_[o].end(), linears.begin(), linears.end());
         if (purpose_ == Purpose::measure) continue;
-        delivery_->deliver(o, written_[o]->encode_group(task.block, group, result.quantized, weights));
+        written_[o]->write_group(task.block, group, result.quantized, weights,
+                                 delivery_->deliver(o, tensors_of(job().graph, task)));
     }
 }
 
@@ -362,11 +375,14 @@ void LayerRun::describe(LayersReport& report) {
     const auto micro = [](double s) { return std::llround(s * 1e6); };
     const double waited = stream_ != nullptr ? stream_->seconds_waited() : 0.0;
     const auto slowest =
-        control_.all_max({micro(stream_seconds_), micro(solve_seconds_), micro(waited), micro(run_seconds_)});
+        control_.all_max({micro(stream_seconds_), micro(solve_seconds_), micro(waited), micro(run_seconds_),
+                          micro(load_seconds_all_), micro(write_seconds_)});
     report.stream_seconds = static_cast<double>(slowest[0]) * 1e-6;
     report.solve_seconds = static_cast<double>(slowest[1]) * 1e-6;
     report.waited_seconds = static_cast<double>(slowest[2]) * 1e-6;
     report.run_seconds = static_cast<double>(slowest[3]) * 1e-6;
+    report.load_seconds = static_cast<double>(slowest[4]) * 1e-6;
+    report.write_seconds = static_cast<double>(slowest[5]) * 1e-6;
     report.sweeps = static_cast<std::int64_t>(plan_.sweeps.size());
     report.delivery_bytes =
         static_cast<std::uint64_t>(control_.all_sum({static_cast<double>(delivery_->bytes_sent())}).front());

@@ -49,8 +49,8 @@ private:
 
     void run_sweep(std::size_t sweep);
     void prefetch(std::size_t sweep);
+    void read_ahead(std::size_t sweep);
     std::vector<HeldBlock> load_blocks(BlockRange range);
-    void stream(std::size_t sweep, std::vector<HeldBlock>& held);
     void reduce(std::vector<HeldBlock>& held, const SweepSolves& solves);
     void save(std::vector<HeldBlock>& held);
     void hand_over(std::vector<HeldBlock>& held, const SweepSolves& solves);
@@ -78,7 +78,8 @@ private:
     std::unique_ptr<TensorDelivery> delivery_;
     std::map<int, double> load_seconds_;              // [block]
     std::vector<std::vector<LinearReport>> reports_;  // [output]: what this rank's team solved
-    double stream_seconds_ = 0.0, solve_seconds_ = 0.0, run_seconds_ = 0.0;
+    double load_seconds_all_ = 0.0, stream_seconds_ = 0.0, solve_seconds_ = 0.0, write_seconds_ = 0.0,
+           run_seconds_ = 0.0;
     double solved_ = 0.0;  // tasks of this rank, for the progress view
 };
 

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <future>
 #include <optional>
 #include <random>
 
@@ -380,6 +381,37 @@ double measure_gflops(const ModelGraph& graph, Control& control, Backend& backen
     return static_cast<double>(-control.all_max({-std::llround(mine * 1e3)}).front()) * 1e-3;
 }
 
+// Bytes a second at which the slowest rank reads and checks weights while all do.
+double measure_reading(const PreparedJob& job, Control& control) {
+    constexpr std::size_t kThreads = 8, kPiece = std::size_t{16} << 20U;
+    std::vector<std::string> names;
+    for (const auto& [name, tensor] : job.reader.tensors()) {
+        if (tensor.bytes() >= kPiece) names.push_back(name);
+    }
+    if (names.empty()) return 0.0;
+    control.barrier();
+    const Stopwatch watch;
+    const auto first = static_cast<std::size_t>(control.rank()) * kThreads;
+    std::vector<std::future<std::size_t>> threads;
+    for (std::size_t t = 0; t < kThreads; ++t) {
+        threads.push_back(std::async(std::launch::async, [&, t] {
+            const std::string& name = names[(first + t) % names.size()];
+            const StoredTensor& tensor = job.reader.find(name);
+            std::vector<std::byte> piece(kPiece);
+            std::size_t at = 0;
+            for (; at + kPiece <= tensor.bytes() && (at == 0 || watch.seconds() < 0.2); at += kPiece) {
+                job.reader.read(name, at, piece.data(), kPiece);
+                require_finite(tensor, at, piece.data(), kPiece, job.reader.file_of(name).string());
+            }
+            return at;
+        }));
+    }
+    std::size_t bytes = 0;
+    for (auto& thread : threads) bytes += thread.get();
+    const double mine = static_cast<double>(bytes) / watch.seconds();
+    return static_cast<double>(-control.all_max({-std::llround(mine)}).front());
+}
+
 // Elements a token that a block moves between device and host when the token's activations are kept there.
 std::int64_t streamed_elements(const ModelGraph& graph, bool keeps_carried, bool original_path) {
     std::int64_t elements = 0;
@@ -617,7 +649,8 @@ Plan make_plan(const PreparedJob& job, Control& control, Backend& backend, const
     plan.disk_free = free_disk(job.spec.output.directory) + plan.disk_reclaimed;
     plan.ranks = describe_ranks(job, backend, world, layers, writers);
     const double gflops = measure ? measure_gflops(job.graph, control, backend) : 1.0;
-    const Rates rates = rates_of(backend.name(), gflops * 1e9);
+    Rates rates = rates_of(backend.name(), gflops * 1e9);
+    if (measure) rates.reading = measure_reading(job, control);
     Forecast expected = forecast(job, planned_work(all, backend), world, rates, layers);
     plan.layers = std::move(expected.layers);
     if (measure) {

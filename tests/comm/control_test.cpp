@@ -3,9 +3,12 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <chrono>
 #include <cmath>
+#include <cstdint>
 #include <limits>
 #include <random>
+#include <thread>
 
 #include "comm/mpi_control.h"
 #include "tests/mpi_main.h"
@@ -160,6 +163,27 @@ TEST_P(ControlTest, MessagesBetweenTwoRanksArriveInOrder) {
         }
     }
     for (const auto& transfer : transfers) EXPECT_TRUE(transfer->done());
+}
+
+// In a ring, with a sender that is late: its receiver has begun to sleep between polls.
+TEST_P(ControlTest, ALargeMessageArrivesWhole) {
+    const int next = (rank() + 1) % size(), previous = (rank() + size() - 1) % size();
+    if (next == rank()) return;
+    std::vector<std::uint64_t> sent(400'000), received(sent.size());
+    const auto fill = [&](int from, std::vector<std::uint64_t>& values) {
+        for (std::size_t i = 0; i < values.size(); ++i) {
+            values[i] = i * 0x9E3779B97F4A7C15U + static_cast<std::uint64_t>(from);
+        }
+    };
+    fill(rank(), sent);
+    const std::size_t bytes = sent.size() * sizeof(sent[0]);
+    const auto receive = control_->start_receive_bytes(received.data(), bytes, previous);
+    if (rank() == 0) std::this_thread::sleep_for(std::chrono::milliseconds(50));
+    const auto send = control_->start_send_bytes(sent.data(), bytes, next);
+    receive->wait();
+    send->wait();
+    fill(previous, sent);
+    EXPECT_EQ(received, sent);
 }
 
 TEST_P(ControlTest, MailArrivesBesideCollectives) {

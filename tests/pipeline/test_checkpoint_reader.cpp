@@ -301,6 +301,19 @@ TEST(RequireFinite, NamesTheFirst) {
                            {"index [5, 0, 0]"});
 }
 
+TEST(RequireFinite, NamesThePlaceInTheTensorOfAPiece) {
+    std::vector<float> data(10'000, 0.0F);
+    data[5'003] = std::nanf("");
+    const StoredTensor tensor{"w", "F32", {100, 100}};
+    const auto check = [&](std::size_t first, std::size_t count) {
+        require_finite(tensor, first * sizeof(float), &data[first], count * sizeof(float), "f");
+    };
+    check(0, 5'003);
+    check(5'004, 4'996);
+    expect_error<BadInput>([&] { check(5'003, 1); }, {"row 50, column 3:"});
+    expect_error<BadInput>([&] { check(4'000, 6'000); }, {"row 50, column 3:"});
+}
+
 // Every bit pattern of the 16-bit types against the C library's classification.
 TEST(RequireFinite, AgreesWithTheLibraryOnEveryPattern) {
     for (std::uint32_t bits = 0; bits < 65536; ++bits) {

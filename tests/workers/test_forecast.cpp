@@ -23,7 +23,7 @@ protected:
 
     ModelGraph graph_;
     PlannedWork work_;
-    Rates rates_{1e9, 1e9, 1e9, 1e9, 1e9, 1e30, 1e30, 1e30};  // nothing but arithmetic costs
+    Rates rates_{1e9, 1e9, 1e9, 1e9, 1e9, 1e30, 0.0, 1e30, 1e30, 1e30};  // nothing but arithmetic costs
 };
 
 TEST_F(ForecastTest, CountsOperations) {
