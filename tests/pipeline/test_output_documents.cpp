@@ -72,7 +72,8 @@ TEST(OutputLayout, OrderOfTheFiles) {
     json config = tiny_config("LlamaForCausalLM");
     config["num_hidden_layers"] = 11;
     const ModelGraph graph = write_tiny_checkpoint(directory, config, {{"aaa", "F32", {1}, 0, 0}});
-    const OutputLayout layout = plan_output(CheckpointReader(directory.path()), graph, alike(graph, {4, 32, true}), 1000);
+    const OutputLayout layout =
+        plan_output(CheckpointReader(directory.path()), graph, alike(graph, {4, 32, true}), 1000);
     const auto part = [&](const std::string& name) {
         if (name == graph.embedding) return -1;
         if (name.starts_with("model.layers.")) return std::stoi(name.substr(13));
@@ -141,8 +142,8 @@ TEST(OutputLayout, OneGroupARowHasTheWidthOfEachLinear) {
     EXPECT_EQ(grid_for({4, 128, true}, 96).group_size, 128);
     const TemporaryDirectory directory;
     const ModelGraph graph = write_tiny_checkpoint(directory, tiny_config("LlamaForCausalLM"));
-    const auto tensors =
-        all_tensors(plan_output(CheckpointReader(directory.path()), graph, alike(graph, {4, -1, true}), 1'000'000));
+    const auto tensors = all_tensors(
+        plan_output(CheckpointReader(directory.path()), graph, alike(graph, {4, -1, true}), 1'000'000));
     for (const std::string name : {"self_attn.q_proj", "mlp.down_proj"}) {
         const StoredTensor* scales = find(tensors, "model.layers.0." + name + ".scales");
         ASSERT_NE(scales, nullptr);

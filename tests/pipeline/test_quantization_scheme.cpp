@@ -1,10 +1,9 @@
-#include "pipeline/quantization_scheme.h"
-
 #include <gtest/gtest.h>
 
 #include <regex>
 
 #include "pipeline/gptq_format.h"
+#include "pipeline/quantization_scheme.h"
 #include "tests/pipeline/expect_error.h"
 #include "tests/pipeline/tiny_checkpoint.h"
 
@@ -63,7 +62,8 @@ TEST(QuantizationScheme, EveryModuleReadsBackItsOwn) {
                 ASSERT_EQ(read.has_value(), expected.has_value()) << name;
                 if (!read) continue;
                 EXPECT_EQ(read->grid.bits, expected->grid.bits) << name;
-                EXPECT_EQ(read->grid.group_size, std::max<std::int64_t>(expected->grid.group_size, 0)) << name;
+                EXPECT_EQ(read->grid.group_size, std::max<std::int64_t>(expected->grid.group_size, 0))
+                    << name;
             }
         }
     }
@@ -80,9 +80,10 @@ TEST(QuantizationScheme, TheWordsOfTheRules) {
     QuantizationScheme scheme(graph, of_bits(4));
     scheme.set(1, 0, of_bits(8));
     scheme.set(0, 2, std::nullopt);
-    EXPECT_EQ(dynamic_of(graph, scheme).dump(),
-              R"({"^model\\.layers\\.(?:1)\\.self_attn\\.(?:q|k|v|qkv)_proj$":{"bits":8,"group_size":32,"sym":true,)"
-              R"("desc_act":false},"-:^model\\.layers\\.(?:0)\\.mlp\\.(?:gate|up|gate_up)_proj$":{}})");
+    EXPECT_EQ(
+        dynamic_of(graph, scheme).dump(),
+        R"({"^model\\.layers\\.(?:1)\\.self_attn\\.(?:q|k|v|qkv)_proj$":{"bits":8,"group_size":32,"sym":true,)"
+        R"("desc_act":false},"-:^model\\.layers\\.(?:0)\\.mlp\\.(?:gate|up|gate_up)_proj$":{}})");
 }
 
 TEST(QuantizationScheme, ListsOfNamesForTransformers) {
@@ -94,9 +95,10 @@ TEST(QuantizationScheme, ListsOfNamesForTransformers) {
     QuantizationScheme mixed(graph, of_bits(4));
     for (std::size_t stage = 0; stage < 3; ++stage) mixed.set(0, stage, std::nullopt);
     mixed.set(1, 0, std::nullopt);
-    EXPECT_EQ(modules_in_block_of(graph, mixed).dump(),
-              R"([["model.layers.0.mlp.down_proj"],["model.layers.1.self_attn.o_proj"],)"
-              R"(["model.layers.1.mlp.gate_proj","model.layers.1.mlp.up_proj"],["model.layers.1.mlp.down_proj"]])");
+    EXPECT_EQ(
+        modules_in_block_of(graph, mixed).dump(),
+        R"([["model.layers.0.mlp.down_proj"],["model.layers.1.self_attn.o_proj"],)"
+        R"(["model.layers.1.mlp.gate_proj","model.layers.1.mlp.up_proj"],["model.layers.1.mlp.down_proj"]])");
 }
 
 // As GPTQModel reads it: the first rule that matches the beginning of a name, in the order of the file.

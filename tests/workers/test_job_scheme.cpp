@@ -1,9 +1,8 @@
-#include "workers/job_scheme.h"
-
 #include <gtest/gtest.h>
 
 #include "tests/pipeline/expect_error.h"
 #include "tests/pipeline/tiny_checkpoint.h"
+#include "workers/job_scheme.h"
 
 namespace quantmill {
 namespace {
@@ -15,7 +14,8 @@ protected:
     // Of a job with these lines below `quantization:`.
     QuantizationScheme scheme(const std::string& lines) {
         const JobSpec spec = parse_job_spec(
-            "model: m\noutput: {directory: o, format: gptq_v2}\ncalibration: {tokens: t}\nquantization:\n" + lines,
+            "model: m\noutput: {directory: o, format: gptq_v2}\ncalibration: {tokens: t}\nquantization:\n" +
+                lines,
             "job.yaml", {});
         return scheme_of_job(spec, graph_, false);
     }
@@ -38,7 +38,8 @@ TEST_F(JobScheme, TheFirstRuleThatMatchesCounts) {
     for (int block = 0; block < 2; ++block) {
         EXPECT_EQ(chosen.options_at(block, 3)->grid.bits, 3);
         EXPECT_FALSE(chosen.options_at(block, 3)->grid.sym);
-        EXPECT_EQ(chosen.options_at(block, 3)->grid.group_size, 128) << "what a rule does not set is the job's";
+        EXPECT_EQ(chosen.options_at(block, 3)->grid.group_size, 128)
+            << "what a rule does not set is the job's";
     }
 }
 
@@ -66,10 +67,11 @@ TEST_F(JobScheme, RulesThatDoNothingOrSplitAreRefused) {
     refuses("    - {match: 're:.*\\.1\\..*up_proj', skip: true}\n",
             {"job.yaml:6", "model.layers.1.mlp.gate_proj and model.layers.1.mlp.up_proj"});
     // Rules that come to the same split nothing.
-    EXPECT_EQ(scheme("  overrides:\n    - {match: '*.q_proj', bits: 8}\n    - {match: '*.[kv]_proj', bits: 8}\n")
-                  .options_at(1, 0)
-                  ->grid.bits,
-              8);
+    EXPECT_EQ(
+        scheme("  overrides:\n    - {match: '*.q_proj', bits: 8}\n    - {match: '*.[kv]_proj', bits: 8}\n")
+            .options_at(1, 0)
+            ->grid.bits,
+        8);
 }
 
 }  // namespace

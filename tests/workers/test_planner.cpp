@@ -6,9 +6,9 @@
 #include "kernels/make_backend.h"
 #include "tests/comm/memory_backend.h"
 #include "tests/pipeline/tiny_checkpoint.h"
+#include "workers/job_scheme.h"
 #include "workers/layer_planner.h"
 #include "workers/planner.h"
-#include "workers/job_scheme.h"
 
 namespace quantmill {
 namespace {
