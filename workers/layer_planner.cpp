@@ -235,7 +235,7 @@ PlannedWork planned_work(std::span<const PreparedJob> outputs, const Backend& ba
     const PreparedJob& job = outputs.front();
     PlannedWork work;
     work.graph = &job.graph;
-    work.grid = gptq_options(job.spec.quantization, is_bf16(job)).grid;
+    if (const auto& usual = job.scheme.options_at(0, 0)) work.grid = usual->grid;
     work.shards = job.shards;
     work.activation = backend.activation_dtype();
     work.stored_bytes =
