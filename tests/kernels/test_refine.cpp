@@ -231,7 +231,9 @@ TEST_P(Refine, ARefitIsLeastSquares) {
             }
         }
         EXPECT_LE(sum_after, sum_before) << shape;
-        if (shape.columns > 64 && shape.bits < 8) EXPECT_LT(sum_after, 0.995 * sum_before) << shape;
+        if (shape.columns > 64 && shape.bits < 8) {
+            EXPECT_LT(sum_after, 0.995 * sum_before) << shape;
+        }
     }
 }
 

@@ -5,6 +5,7 @@
 #include <cmath>
 #include <random>
 #include <ranges>
+#include <utility>
 
 #include "kernels/half.h"
 #include "kernels/make_backend.h"
@@ -736,7 +737,7 @@ TEST_F(GptqSolver, IllConditionedHessiansStayAtOrBelowRounding) {
             quantized.g_idx = group_index(factored.outcome, options, n);
             solve_rows(*backend_, weights, {0, rows}, factor_, factored.outcome, options, quantized);
             Tensor dequantized = backend_->empty({rows, n}, DType::f32, "dequantized");
-            backend_->dequantize(quantized.rows(0, rows), quantized.g_idx, dequantized);
+            backend_->dequantize(std::as_const(quantized).rows(0, rows), quantized.g_idx, dequantized);
             std::vector<float> q(rows * n);
             backend_->copy_to_host(dequantized, q.data());
             const Matrix h = damped_hessian(triangle, n, 0.01);
