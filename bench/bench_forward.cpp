@@ -30,7 +30,7 @@ BlockWeights random_weights(Bench& bench, const ModelGraph& graph) {
         auto& group = weights.stages.emplace_back();
         for (const Linear& linear : stage.group.linears) {
             const float deviation = 1.0F / std::sqrt(static_cast<float>(linear.columns));
-            group.push_back({{}, {}, bench.normal({linear.rows, linear.columns}, deviation)});
+            group.push_back({{}, {}, bench.normal({linear.rows, linear.columns}, deviation), {}});
         }
     }
     return weights;

@@ -23,7 +23,7 @@ Plan large_plan(int world) {
                           {"gate_up", {"gate_proj", "up_proj"}, 57344, 8192},
                           {"down", {"down_proj"}, 8192, 28672}},
                          {"model.embed_tokens", "lm_head", "norms"}};
-    plan.calibration = {"calib.h5", 128, 262'144, 2048, 16, 128};
+    plan.calibration = {"calib.h5", 128, 262'144, 2048, 16, 128, ""};
     plan.output_directory = "out/W4g128";
     plan.output_format = "gptq";
     for (int i = 0; i < 8; ++i)

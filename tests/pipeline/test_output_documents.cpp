@@ -152,7 +152,16 @@ TEST(OutputLayout, OneGroupARowHasTheWidthOfEachLinear) {
 }
 
 TEST(QuantizationConfig, SaysWhatLoadersRead) {
-    const QuantizationConfig config{3, -1, false, true, 0.07, 0.02, false, GptqFormat::v2, "1.2.3"};
+    QuantizationConfig config;
+    config.bits = 3;
+    config.group_size = -1;
+    config.sym = false;
+    config.desc_act = true;
+    config.damp_percent = 0.07;
+    config.damp_auto_increment = 0.02;
+    config.true_sequential = false;
+    config.format = GptqFormat::v2;
+    config.version = "1.2.3";
     const json expected =
         json::parse(R"({"bits": 3, "group_size": -1, "desc_act": true, "sym": false, "lm_head": false,
         "quant_method": "gptq", "method": "gptq", "checkpoint_format": "gptq_v2", "format": "gptq_v2", "pack_dtype": "int32",
