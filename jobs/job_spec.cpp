@@ -184,7 +184,7 @@ Kind<std::optional<double>> fraction_or_auto_kind() {
 Kind<double> share_kind() {
     const auto read = [](const Value& value) {
         const auto number = read_number<double>(value, "a number");
-        if (!(number >= 0.0 && number <= 1.0)) value.refuse("is not allowed");
+        if (std::isnan(number) || number < 0.0 || number > 1.0) value.refuse("is not allowed");
         return number;
     };
     return {"number from 0 to 1", read, [](double number) { return fmt::format("{}", number); }};
@@ -195,7 +195,7 @@ Kind<std::optional<double>> bits_or_none_kind() {
     const auto read = [](const Value& value) -> std::optional<double> {
         if (value.text == "none" && !value.quoted) return std::nullopt;
         const auto number = read_number<double>(value, "a number");
-        if (!(number >= 2.0 && number <= 9.0)) value.refuse("is not allowed");
+        if (std::isnan(number) || number < 2.0 || number > 9.0) value.refuse("is not allowed");
         return number;
     };
     return {"number from 2 to 9 | none", read,
