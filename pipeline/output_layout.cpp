@@ -68,7 +68,7 @@ OutputLayout plan_output(const CheckpointReader& reader, const ModelGraph& graph
     for (const auto& [name, tensor] : reader.tensors()) {
         if (!tied || name != head) order.push_back(position_of(name, graph));
     }
-    if (tied && scheme.quantizes_head()) order.push_back({3, 0, head});
+    if (tied && scheme.quantizes_head()) order.emplace_back(3, 0, head);
     std::sort(order.begin(), order.end());
 
     const auto modules = quantized_modules(graph, scheme);
