@@ -43,7 +43,8 @@ std::string find_stall(const std::vector<RankState>& states, double timeout) {
         return fmt::format("{} has stalled: no sign of life for {} (compute.stall_timeout). Last seen: {}",
                            place(rank, state), seconds_text(lifeless), state.doing);
     }
-    const auto waits = [timeout](const RankState& s) { return s.silent + s.unchanged > timeout; };
+    // As they say themselves: a rank that has fallen silent does not wait, and is named a moment later.
+    const auto waits = [timeout](const RankState& s) { return s.unchanged > timeout; };
     if (!std::all_of(states.begin(), states.end(), waits)) return "";
     std::string text = "all ranks wait for each other (compute.stall_timeout):";
     for (std::size_t rank = 0; rank < states.size(); ++rank) {

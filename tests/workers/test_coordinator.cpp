@@ -35,6 +35,16 @@ TEST(FindStall, WaitingIsNoStallUnlessAllWait) {
     EXPECT_NE(stall.find("rank 1 on b: two"), std::string::npos) << stall;
 }
 
+TEST(FindStall, ASilentRankIsNotOneThatWaits) {
+    std::vector<RankState> states{working("a", "writing"), working("b", "solving rows")};
+    states[0].unchanged = 11.0;
+    states[1].unchanged = 1.0;
+    states[1].silent = 9.5;  // stopped: what it would say is not known
+    EXPECT_EQ(find_stall(states, 10.0), "");
+    states[1].silent = 10.5;
+    EXPECT_NE(find_stall(states, 10.0).find("rank 1 on b has stalled"), std::string::npos);
+}
+
 TEST(ProgressText, ShowsTheSlowestRankOfEachGroup) {
     std::vector<RankState> states;
     for (const double done : {0.5, 0.4, 0.1, 0.2}) {
