@@ -104,7 +104,7 @@ TEST_F(ForecastTest, AStoreOfHessiansNeedsNoStream) {
     const BlockCost block = block_cost(graph_, rates_, 1600, 100);
     double hessians = 0.0;
     for (const Stage& stage : graph_.stages) {
-        hessians += static_cast<double>(stage.group.columns() * (stage.group.columns() + 1) / 2 * 8);
+        hessians += static_cast<double>(stage.group.columns() * (stage.group.columns() + 1) * 4);
     }
     const double weights = static_cast<double>(graph_.block_parameters()) * 2.0;
     EXPECT_NEAR(forecast.layers.seconds,
