@@ -7,7 +7,6 @@
 #include "kernels/cpu/free_memory.h"
 #include "pipeline/hessian.h"
 #include "workers/calibration_batches.h"
-#include "workers/gptq_options.h"
 #include "workers/hidden_stream.h"
 
 namespace quantmill {

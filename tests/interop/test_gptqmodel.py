@@ -138,14 +138,38 @@ RULES = [
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-@pytest.mark.parametrize("scheme", [{"overrides": RULES}, {"target_bits": 4.5}, {"lm_head": {"bits": 8, "group_size": 32}}, {"lm_head": {"bits": 4}}], ids=str)
+@pytest.mark.parametrize(
+    "scheme",
+    [
+        pytest.param({"overrides": RULES}, id="overrides"),
+        pytest.param({"target_bits": 4.5}, id="target_bits"),
+        pytest.param({"lm_head": {"bits": 8, "group_size": 32}}, id="lm_head of its own"),
+        pytest.param({"lm_head": {"bits": 4}}, id="lm_head alike"),
+    ],
+)
 def test_gptqmodel_loads_mixed_linears_and_lm_head(
     quantmill: Callable[..., Any], tmp_path: Path, scheme: dict[str, Any], tied: bool
 ) -> None:
     model, output = tmp_path / "model", tmp_path / "out"
-    make_model(model, "Qwen2", tie_word_embeddings=tied)
+    make_model(model, "Llama", tie_word_embeddings=tied, attention_bias=True)
     store = write_store(tmp_path / "calib.h5", random_sequences(16, 128, seed=1), model)
     quantmill("run", write_job(tmp_path / "job.yaml", model, store, output, {"group_size": 64} | scheme), ranks=1)
     sequences = random_sequences(3, 100, seed=2)
     ours = our_logits(quantmill, output, write_store(tmp_path / "tokens.h5", sequences, output), tmp_path / "logits")
     assert relative_error(their_logits(loaded_by_gptqmodel(output), sequences), ours) <= 1e-2
+
+
+def test_transformers_leaves_skipped_linears_alone(quantmill: Callable[..., Any], model: Path, tmp_path: Path) -> None:
+    """Of one block's gate and up linears: names of whole modules, since its list is of a block otherwise."""
+    output = tmp_path / "out"
+    store = write_store(tmp_path / "calib.h5", random_sequences(16, 128, seed=1), model)
+    scheme = {"group_size": 64, "overrides": [RULES[1]]}
+    quantmill("run", write_job(tmp_path / "job.yaml", model, store, output, scheme), ranks=1)
+    sequences = random_sequences(3, 100, seed=2)
+    exact = their_logits(load(output), sequences)
+    loaded = AutoModelForCausalLM.from_pretrained(output, dtype=torch.float16, device_map="cpu")
+    assert type(loaded.model.layers[0].mlp.up_proj) is torch.nn.Linear
+    assert type(loaded.model.layers[1].mlp.up_proj) is not torch.nn.Linear
+    got = their_logits(loaded, sequences)
+    likeliest = exact.argmax(axis=1)
+    assert perplexity(got, likeliest) == pytest.approx(perplexity(exact, likeliest), rel=0.02)
