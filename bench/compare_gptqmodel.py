@@ -57,6 +57,21 @@ def last_json(text: str) -> Record:
     return json.loads(next(line for line in reversed(text.splitlines()) if line.startswith("{")))
 
 
+def store_of(calibration: Path, order: int, work: Path) -> Path:
+    """The calibration store with its sequences in the given order, a copy in `work` unless it is as stored."""
+    if order == 0:
+        return calibration
+    file = work / f"order-{order}.h5"
+    if not file.exists():
+        with h5py.File(calibration) as source, h5py.File(file, "w") as target:
+            rows = np.random.default_rng(order).permutation(len(source["lengths"]))
+            for name in ("input_ids", "lengths"):
+                target[name] = source[name][:][rows]
+            for key, value in source.attrs.items():
+                target.attrs[key] = value
+    return file
+
+
 class Comparison:
     """The figures file and the steps that fill it."""
 
@@ -110,20 +125,6 @@ class Comparison:
         }
         return log.read_text(errors="replace"), circumstances
 
-    def store_of(self, order: int) -> Path:
-        """The calibration store with its sequences in the given order."""
-        if order == 0:
-            return self.arguments.calibration
-        file = self.work / f"order-{order}.h5"
-        if not file.exists():
-            with h5py.File(self.arguments.calibration) as source, h5py.File(file, "w") as target:
-                rows = np.random.default_rng(order).permutation(len(source["lengths"]))
-                for name in ("input_ids", "lengths"):
-                    target[name] = source[name][:][rows]
-                for key, value in source.attrs.items():
-                    target.attrs[key] = value
-        return file
-
     def perplexity(self, name: str, model: Path, *options: str) -> float:
         command = [sys.executable, str(PEERS / "perplexity.py"), "--model", str(model), *options]
         command += ["--evaluation", str(self.arguments.evaluation), "--device", self.arguments.device]
@@ -132,7 +133,7 @@ class Comparison:
     def quantize(self, tool: str, bits: int, order: int, checkpoint: Path) -> Record:
         """Quantizes with one tool and returns the record of the run."""
         name = f"{tool}-{bits}bit-order{order}"
-        store = self.store_of(order)
+        store = store_of(self.arguments.calibration, order, self.work)
         if tool == PEER:
             command = [
                 sys.executable,

@@ -12,7 +12,6 @@ moves a perplexity by one to ten per cent: judge by medians.
 """
 
 import argparse
-import hashlib
 import json
 import os
 import shutil
@@ -24,13 +23,8 @@ import zlib
 from concurrent.futures import ThreadPoolExecutor
 from datetime import date
 from pathlib import Path
-from typing import Any
 
-import h5py
-import numpy as np
-
-PEERS = Path(__file__).resolve().parent / "peers"
-Record = dict[str, Any]
+from compare_gptqmodel import PEERS, Record, sha256, store_of
 
 GAR = {"preset": "plain", "act_group_aware": True}
 SEARCH = GAR | {"scale_search": "hessian"}
@@ -68,11 +62,6 @@ THEIRS: dict[str, list[str]] = {
 }
 
 
-def sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
 class Table:
     """The figures file and the runs that fill it."""
 
@@ -108,20 +97,8 @@ class Table:
             raise RuntimeError(f"{name} failed with exit code {code}; its output is in {log}")
 
     def store_of(self, order: int) -> Path:
-        """The calibration store with its sequences in the given order."""
-        if order == 0:
-            return self.arguments.calibration
-        file = self.arguments.work / f"order-{order}.h5"
-        with self.lock:
-            if file.exists():
-                return file
-            with h5py.File(self.arguments.calibration) as source, h5py.File(file, "w") as target:
-                rows = np.random.default_rng(order).permutation(len(source["lengths"]))
-                for name in ("input_ids", "lengths"):
-                    target[name] = source[name][:][rows]
-                for key, value in source.attrs.items():
-                    target.attrs[key] = value
-        return file
+        with self.lock:  # runs side by side share the file
+            return store_of(self.arguments.calibration, order, self.arguments.work)
 
     def quantize(self, name: str, row: str, bits: int, order: int, checkpoint: Path) -> None:
         arguments = self.arguments

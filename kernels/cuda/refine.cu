@@ -4,6 +4,7 @@
 
 #include "kernels/cuda/check.h"
 #include "kernels/cuda/convert.cuh"
+#include "kernels/cuda/grid.cuh"
 #include "kernels/cuda/launch.h"
 
 namespace quantmill::cuda {
@@ -13,19 +14,6 @@ constexpr int kWarp = 32;
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kWarp;
 constexpr unsigned kAllLanes = 0xFFFFFFFFU;
-constexpr float kHalfSmallestNormal = 6.103515625e-05F;
-
-__device__ float round_half_even(float x) {
-    constexpr float kShift = 0x1.8p23F;
-    return __fsub_rn(__fadd_rn(x, kShift), kShift);
-}
-
-// The scale as the file stores it: kernels/grid.h.
-__device__ float storable(float scale, bool bf16_scales) {
-    const float kept = bf16_scales ? to_float(from_float<__nv_bfloat16>(fminf(scale, 65504.0F))) : scale;
-    const float bounded = fminf(fmaxf(kept, kHalfSmallestNormal), bf16_scales ? 65280.0F : 65504.0F);
-    return to_float(from_float<__half>(bounded));
-}
 
 __device__ double sum_over_warp(double value) {
     for (int offset = kWarp / 2; offset > 0; offset /= 2) value += __shfl_xor_sync(kAllLanes, value, offset);
@@ -249,7 +237,7 @@ __global__ void move_scales_kernel(RefineRows rows, std::int64_t first, int coun
     const float scale = mine ? to_float(scales[lane]) : 1.0F;
     const double wanted = double{scale} + change;
     const bool keeps = !mine || own_square <= 0.0 || !isfinite(wanted) || (wanted > 0.0) != (scale > 0.0F);
-    const float size = storable(static_cast<float>(fabs(keeps ? 1.0 : wanted)), bf16_scales);
+    const float size = storable_scale(static_cast<float>(fabs(keeps ? 1.0 : wanted)), bf16_scales);
     change = keeps ? 0.0 : double{copysignf(size, scale)} - double{scale};
 
     double product = 0.0;
