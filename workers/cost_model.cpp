@@ -56,7 +56,8 @@ Rates rates_of(const std::string& backend, double products) {
 
 double search_work(const QuantizationGrid& grid, const Rates& rates) {
     if (grid.search == ScaleSearch::minmax) return 0.0;
-    const double trials = shrinks_of(grid.search).count * (tries_twins(grid) ? 2.0 : 1.0);
+    const Shrinks shrinks = shrinks_of(grid.search);
+    const double trials = (shrinks.count + 2 * shrinks.around) * (tries_twins(grid) ? 2.0 : 1.0);
     return trials * (grid.search == ScaleSearch::mse ? rates.power_trial : rates.squared_trial);
 }
 

@@ -73,22 +73,33 @@ public:
     GridLanes run(const RangeLanes& range) {
         const Shrinks shrinks = shrinks_of(grid_.search);
         for (int i = 0; i < shrinks.count; ++i) {
-            const float shrink = shrinks.of(i);
-            GroupParameters parameters[kRows];
-            for (std::int64_t r = 0; r < kRows; ++r) {
-                parameters[r] = shrunk_parameters(range.low[r], range.high[r], shrink, grid_);
-            }
-            consider(parameters);
-            if (!tries_twins(grid_)) continue;
-            for (std::int64_t r = 0; r < kRows; ++r) {
-                parameters[r] = twin_of(parameters[r], range.low[r], shrink, grid_);
-            }
-            consider(parameters);
+            try_shrinks(range, shrinks, [&](std::int64_t) { return shrinks.coarse(i); });
+        }
+        int coarse[kRows];
+        std::copy_n(best_numerator_, kRows, coarse);
+        for (int i = 0; i < 2 * shrinks.around; ++i) {
+            try_shrinks(range, shrinks, [&](std::int64_t r) { return shrinks.fine(coarse[r], i); });
         }
         return best_;
     }
 
 private:
+    template <class NumeratorOf>
+    void try_shrinks(const RangeLanes& range, const Shrinks& shrinks, NumeratorOf numerator_of) {
+        GroupParameters parameters[kRows];
+        for (std::int64_t r = 0; r < kRows; ++r) {
+            numerator_[r] = numerator_of(r);
+            parameters[r] =
+                shrunk_parameters(range.low[r], range.high[r], shrinks.share(numerator_[r]), grid_);
+        }
+        consider(parameters);
+        if (!tries_twins(grid_)) return;
+        for (std::int64_t r = 0; r < kRows; ++r) {
+            parameters[r] = twin_of(parameters[r], range.low[r], shrinks.share(numerator_[r]), grid_);
+        }
+        consider(parameters);
+    }
+
     // Ties keep the earlier candidate.
     void consider(const GroupParameters* parameters) {
         const auto max_code = static_cast<float>(grid_.max_code());
@@ -108,6 +119,7 @@ private:
             least_[r] = tried_.loss[r];
             best_.scale[r] = tried_.grid.scale[r];
             best_.zero[r] = tried_.grid.zero[r];
+            best_numerator_[r] = numerator_[r];
         }
     }
 
@@ -118,6 +130,7 @@ private:
     Candidate tried_{};
     float least_[kRows];
     GridLanes best_{};
+    int numerator_[kRows] = {}, best_numerator_[kRows] = {};
 };
 
 }  // namespace

@@ -95,7 +95,7 @@ constexpr float kIntegers = 0x1.8p23F;
 // kIntegers and a subtraction; products next to a tie may fall on its other side, where the loss is the same.
 template <Miss kMiss>
 struct Candidates {
-    static constexpr int kCount = kMiss == Miss::power ? 10 : 11;
+    static constexpr int kCount = kMiss == Miss::power ? 10 : 9;
     float scale[kCount], share[kCount], offset[kCount], zero[kCount], loss[kCount];
     float max_code, unit;  // unit: a code's share of all
 
@@ -124,7 +124,7 @@ struct Candidates {
     template <class Consider>
     __device__ void each(Consider consider) const {
 #pragma unroll
-        for (int c = 0; c < kCount; ++c) consider(loss[c], {scale[c], zero[c]});
+        for (int c = 0; c < kCount; ++c) consider(c, loss[c], {scale[c], zero[c]});
     }
     template <class Sum>
     __device__ void sum_up(Sum sum) {
@@ -138,7 +138,7 @@ struct Candidates {
 // has no code there pays (y − L + 1)² − (y − L)² = 2 (y − L + ½) steps² more, y > L − ½ the weight in steps.
 template <>
 struct Candidates<Miss::paired> {
-    static constexpr int kCount = 11;
+    static constexpr int kCount = 9;
     static constexpr float kRange = 0x1p20F;  // of steps, inside which sums of those payments are exact
     float scale[kCount], share[kCount], range_share[kCount], loss[kCount], above[kCount], below[kCount];
     float side, unit;  // L, and a step's share of both sides
@@ -169,8 +169,8 @@ struct Candidates<Miss::paired> {
 #pragma unroll
         for (int c = 0; c < kCount; ++c) {
             const float payment = 2.0F * kRange * scale[c] * scale[c];
-            consider(fmaf(payment, above[c], loss[c]), {scale[c], side});
-            consider(fmaf(payment, below[c], loss[c]), {-scale[c], side});
+            consider(c, fmaf(payment, above[c], loss[c]), {scale[c], side});
+            consider(c, fmaf(payment, below[c], loss[c]), {-scale[c], side});
         }
     }
     template <class Sum>
@@ -191,27 +191,36 @@ __device__ Grid least_grid(const Elements& elements, Sum sum, float low, float h
     using Few = Candidates<kMiss>;
     const bool twins = kMiss != Miss::paired && (grid.sym ? grid.signed_scales : grid.bits == 2);
     const int variants = twins ? 2 : 1;
-    const int count = grid.shrinks.count * variants;
     float least = __int_as_float(0x7F800000);
     Parameters best{1.0F, 0.0F};
+    int best_numerator = 0;
 #pragma unroll 1
-    for (int first = 0; first < count; first += Few::kCount) {
-        Few tried(grid);
+    for (int stage = 0; stage < 2; ++stage) {
+        const int count = (stage == 0 ? grid.shrinks.count : 2 * grid.shrinks.around) * variants;
+        const int coarse = best_numerator;
+#pragma unroll 1
+        for (int first = 0; first < count; first += Few::kCount) {
+            Few tried(grid);
+            const auto numerator_of = [&](int c) {
+                const int i = min(first + c, count - 1) / variants;  // the last again: no less than itself
+                return stage == 0 ? grid.shrinks.coarse(i) : grid.shrinks.fine(coarse, i);
+            };
 #pragma unroll
-        for (int c = 0; c < Few::kCount; ++c) {
-            const int candidate = min(first + c, count - 1);  // the last again: no less than itself
-            const float shrink = grid.shrinks.of(candidate / variants);
-            Parameters own = shrunk_parameters(low, high, shrink, grid);
-            if (candidate % variants == 1) own = twin_of(own, low, shrink, grid);
-            tried.set(c, own);
+            for (int c = 0; c < Few::kCount; ++c) {
+                const float shrink = grid.shrinks.share(numerator_of(c));
+                Parameters own = shrunk_parameters(low, high, shrink, grid);
+                if (min(first + c, count - 1) % variants == 1) own = twin_of(own, low, shrink, grid);
+                tried.set(c, own);
+            }
+            elements.each([&](float weight, float importance) { tried.add(weight, importance); });
+            tried.sum_up(sum);
+            tried.each([&](int c, float loss, Parameters own) {
+                if (!(loss < least)) return;
+                least = loss;
+                best = own;
+                best_numerator = numerator_of(c);
+            });
         }
-        elements.each([&](float weight, float importance) { tried.add(weight, importance); });
-        tried.sum_up(sum);
-        tried.each([&](float loss, Parameters own) {
-            if (!(loss < least)) return;
-            least = loss;
-            best = own;
-        });
     }
     return make_grid(best.scale, best.zero);
 }

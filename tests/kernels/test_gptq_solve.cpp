@@ -3,7 +3,9 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <limits>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "tests/kernels/backend_test.h"
@@ -73,29 +75,31 @@ constexpr double kTie = 1e-2;       // of fp16's last place: less than 1e-5 of t
 
 // Rounds half to even, except that within `tolerance` of a tie the peer's choice counts: both are right
 // there, and every later value of the row depends on it.
+bool near_tie(double x, double tolerance) { return std::abs(x - std::floor(x) - 0.5) < tolerance; }
 double round_like(double x, double peer, double tolerance, std::size_t& adopted) {
     const double lower = std::floor(x);
-    const bool doubtful = std::abs(x - lower - 0.5) < tolerance;
-    if (!doubtful || (peer != lower && peer != lower + 1)) return std::nearbyint(x);
+    if (!near_tie(x, tolerance) || (peer != lower && peer != lower + 1)) return std::nearbyint(x);
     adopted += peer != std::nearbyint(x) ? 1 : 0;
     return peer;
 }
 
 // To binary16's normal numbers of so many significant bits; what is below becomes the smallest, what is above
 // the largest.
-double round_scale(double x, double peer, int significant, std::size_t& adopted) {
+double round_scale(double x, double peer, int significant, std::size_t& adopted, bool& certain) {
     if (x < 0x1p-14) return 0x1p-14;
     if (x > 32768 * (2 - std::ldexp(1.0, 1 - significant))) {
         return 32768 * (2 - std::ldexp(1.0, 1 - significant));
     }
     const double unit = std::ldexp(1.0, std::ilogb(x) + 1 - significant);
+    certain = !near_tie(x / unit, kTie);
     return unit * round_like(x / unit, peer / unit, kTie, adopted);
 }
 
 struct Grid {
     double scale;
     double zero;
-    bool operator==(const Grid&) const = default;
+    bool certain = true;  // no rounding of it lay next to a tie
+    bool operator==(const Grid& other) const { return scale == other.scale && zero == other.zero; }
 };
 
 double nearest_code(double x, const Grid& grid, double top) {
@@ -113,25 +117,28 @@ double loss_of(const std::vector<double>& x, const std::vector<double>& importan
     return loss;
 }
 
-// All grids of a group, in the order in which they are tried.
-std::vector<Grid> candidates(double low, double high, const Settings& settings, const Grid& peer,
-                             std::size_t& adopted) {
+// Shares of the min-max scale that are tried at first.
+std::vector<double> shares_of(Measure measure) {
+    std::vector<double> shares;
+    if (measure == Measure::range) shares.push_back(1.0);
+    for (int i = 0; measure == Measure::power && i < 80; ++i) shares.push_back(1.0 - i / 100.0);
+    for (int i = 0; measure == Measure::weighted && i < 9; ++i) shares.push_back(1.05 - 0.1 * i);
+    return shares;
+}
+
+// The grids of these shares, in the order in which they are tried.
+std::vector<Grid> candidates(const std::vector<double>& shares, double low, double high,
+                             const Settings& settings, const Grid& peer, std::size_t& adopted) {
     const double top = std::pow(2.0, settings.bits) - 1;
-    std::vector<double> shares{1.0};
-    if (settings.measure == Measure::power) {
-        for (int i = 1; i < 80; ++i) shares.push_back(1.0 - i / 100.0);
-    } else if (settings.measure == Measure::weighted) {
-        shares.clear();
-        for (int i = 0; i < 33; ++i) shares.push_back(1.05 - 0.025 * i);
-    }
     std::vector<Grid> grids;
     for (const double share : shares) {
         const double range = settings.sym ? 2 * std::max(-low, high) : high - low;
+        bool certain = true;
         const double scale =
-            round_scale(share * range / top, std::abs(peer.scale), settings.significant, adopted);
+            round_scale(share * range / top, std::abs(peer.scale), settings.significant, adopted, certain);
         if (settings.sym) {
-            const Grid grid{scale, (top + 1) / 2};
-            const Grid negative{-scale, grid.zero};
+            const Grid grid{scale, (top + 1) / 2, certain};
+            const Grid negative{-scale, grid.zero, certain};
             if (settings.measure == Measure::range) {
                 grids.push_back(settings.negative && high > -low ? negative : grid);
                 continue;
@@ -142,34 +149,77 @@ std::vector<Grid> candidates(double low, double high, const Settings& settings, 
         }
         const double offset = -share * low / scale;
         const double zero = std::clamp(round_like(offset, peer.zero, kBoundary, adopted), 0.0, top);
-        grids.push_back({scale, zero});
+        certain = certain && !near_tie(offset, kBoundary);
+        grids.push_back({scale, zero, certain});
         if (settings.bits != 2 || settings.measure == Measure::range) continue;
         // GPTQModel: at 2 bits the other integer next to the ideal zero is tried as well.
         const double lower = std::clamp(std::floor(offset), 0.0, top);
         const double upper = std::clamp(std::ceil(offset), 0.0, top);
-        grids.push_back({scale, zero == lower ? upper : lower});
+        grids.push_back({scale, zero == lower ? upper : lower, certain});
     }
     return grids;
 }
 
-// The grid of a group; the peer's where it is as good within `tolerance`.
+// Grids with their losses. What is as good as the best that is certain may be what fp32 took.
+class Tried {
+public:
+    Tried(std::vector<Grid> grids, const std::vector<double>& x, const std::vector<double>& importance,
+          const Settings& settings)
+        : grids_(std::move(grids)) {
+        double least = std::numeric_limits<double>::infinity();
+        for (std::size_t i = 0; i < grids_.size(); ++i) {
+            losses_.push_back(loss_of(x, importance, grids_[i], settings));
+            if (losses_[i] < losses_[best_]) best_ = i;
+            if (grids_[i].certain) least = std::min(least, losses_[i]);
+        }
+        // What is left of a weight is known to an ulp or two of fp32 of the weight.
+        double ulps = 0.0;
+        for (std::size_t j = 0; settings.measure == Measure::weighted && j < x.size(); ++j) {
+            ulps += importance[j] * x[j] * x[j] * 0x1p-44;
+        }
+        limit_ = std::pow(std::sqrt(least) + std::sqrt(ulps), 2) * (1 + 1e-5 * std::pow(2.0, settings.bits));
+    }
+    std::size_t size() const { return grids_.size(); }
+    std::size_t best() const { return best_; }
+    const Grid& operator[](std::size_t i) const { return grids_[i]; }
+    bool plausible(std::size_t i) const { return i == best_ || losses_[i] <= limit_; }
+
+private:
+    std::vector<Grid> grids_;
+    std::vector<double> losses_;
+    std::size_t best_ = 0;
+    double limit_;
+};
+
+// The grid of a group; the peer's where that is plausible. A search by the Hessian goes on around the best
+// share.
 Grid choose(const std::vector<double>& x, const std::vector<double>& importance, const Settings& settings,
             const Grid& peer, std::size_t& adopted) {
     const double low = std::min(0.0, *std::min_element(x.begin(), x.end()));
     const double high = std::max(0.0, *std::max_element(x.begin(), x.end()));
-    const std::vector<Grid> grids = candidates(low, high, settings, peer, adopted);
-    if (grids.size() == 1) return grids.front();
-    const double tolerance = 1e-5 * std::pow(2.0, settings.bits);
-    std::vector<double> losses;
-    for (const Grid& grid : grids) losses.push_back(loss_of(x, importance, grid, settings));
-    const auto best =
-        static_cast<std::size_t>(std::min_element(losses.begin(), losses.end()) - losses.begin());
-    for (std::size_t i = 0; i < grids.size(); ++i) {
-        if (!(grids[i] == peer) || losses[i] > losses[best] * (1 + tolerance)) continue;
-        adopted += grids[i] == grids[best] ? 0 : 1;
-        return peer;
+    const auto try_all = [&](const std::vector<double>& shares) {
+        return Tried(candidates(shares, low, high, settings, peer, adopted), x, importance, settings);
+    };
+    const std::vector<double> shares = shares_of(settings.measure);
+    const Tried coarse = try_all(shares);
+    if (coarse.size() == 1) return coarse[0];
+    Grid chosen{};
+    for (std::size_t center = 0; center < coarse.size(); ++center) {
+        if (!coarse.plausible(center)) continue;
+        std::vector<double> beside;
+        const int around = settings.measure == Measure::weighted ? 4 : 0;
+        for (int i = -around; i <= around; ++i) {
+            beside.push_back(shares[center * shares.size() / coarse.size()] + i / 80.0);
+        }
+        const Tried fine = try_all(beside);
+        if (center == coarse.best()) chosen = fine[fine.best()];
+        for (std::size_t i = 0; i < fine.size(); ++i) {
+            if (!(fine[i] == peer) || !fine.plausible(i)) continue;
+            adopted += i == fine.best() && center == coarse.best() ? 0 : 1;
+            return peer;
+        }
     }
-    return grids[best];
+    return chosen;
 }
 
 // GPTQ of w [rows, n] with the damped Hessian h; w is used up. Ties are decided as the peer did. With

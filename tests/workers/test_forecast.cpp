@@ -80,8 +80,8 @@ TEST_F(ForecastTest, ASearchForScalesCostsItsTrials) {
     };
     const double weights = 12.0 * static_cast<double>(graph_.block_parameters());
     const double plain = solve({4, 64, true});
-    EXPECT_NEAR(solve({4, 64, true, ScaleSearch::hessian}) - plain, weights * 33 * 10 / 1e9, 1e-9);
-    EXPECT_NEAR(solve({4, 64, true, ScaleSearch::hessian, true}) - plain, weights * 66 * 10 / 1e9, 1e-9);
+    EXPECT_NEAR(solve({4, 64, true, ScaleSearch::hessian}) - plain, weights * 17 * 10 / 1e9, 1e-9);
+    EXPECT_NEAR(solve({4, 64, true, ScaleSearch::hessian, true}) - plain, weights * 34 * 10 / 1e9, 1e-9);
     EXPECT_NEAR(solve({4, 64, false, ScaleSearch::mse}) - plain, weights * 80 * 50 / 1e9, 1e-9);
     EXPECT_NEAR(solve({2, 64, false, ScaleSearch::mse}) - plain, weights * 160 * 50 / 1e9, 1e-9);
 }
