@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # ./demo.sh: quantizes a small real language model on this machine's CPU, from nothing to a checkpoint.
 # Installs what is missing (system packages with root or sudo; Python packages under build/python), builds,
-# fetches SmolLM2-135M-Instruct, tokenizes documentation texts, quantizes to 4 bits on two MPI ranks and
+# fetches SmolLM2-135M-Instruct, tokenizes documentation texts, quantizes to 4 bits (preset: balanced) on two MPI ranks and
 # compares perplexity before and after. A second run reuses everything up to the quantization;
 # ./demo.sh --fresh makes the inputs again.
 set -euo pipefail

@@ -199,7 +199,8 @@ void run(const Options& options, Control& control) {
                                 {"output", {{"directory", fs::absolute(options.directory / "out").string()}}},
                                 {"calibration",
                                  {{"tokens", fs::absolute(options.directory / "calibration.h5").string()},
-                                  {"sequence_length", options.model.length}}}};
+                                  {"sequence_length", options.model.length}}},
+                                {"quantization", {{"preset", "plain"}}}};
     if (control.rank() == 0) write_text(options.directory / "job.yaml", job.dump(2));  // JSON is YAML
     control.barrier();
     if (options.prepare) return;

@@ -6,7 +6,7 @@ run again; exit code 1 when the orders differ or a budget loses against the unif
 
   bench/bit_budget.py --quantmill build/cpu/quantmill --model build/demo/SmolLM2-135M-Instruct \\
       --calibration build/demo/calib.h5 --evaluation build/demo/eval.h5 --work /tmp/budgets --output bit_budget.json
-  bench/bit_budget.py ... --set compute.backend=cuda --set quantization.preset=balanced
+  bench/bit_budget.py ... --set compute.backend=cuda --set quantization.preset=plain
 """
 
 import argparse

@@ -156,6 +156,7 @@ class Comparison:
                 "output": {"directory": str(checkpoint.resolve()), "format": "gptq"},
                 "calibration": {"tokens": str(store.resolve())},
                 "quantization": {
+                    "preset": "plain",
                     "bits": bits,
                     "group_size": self.arguments.group_size,
                     "sym": True,

@@ -52,7 +52,7 @@ def run(arguments: argparse.Namespace, schemes: list[dict[str, int]], ranks: int
         job = {
             "model": str(arguments.model.resolve()),
             "calibration": {"tokens": str(arguments.tokens.resolve()), "sequences": arguments.sequences},
-            "quantization": {"propagate": "original"},
+            "quantization": {"preset": "plain", "propagate": "original"},
             "outputs": outputs,
             "compute": {"backend": "cpu", "layer_groups": groups},
         }

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Times a whole run on the CPU and says where the time goes, beside the floor of each stage.
 
-Runs `quantmill run` on the demo model (./demo.sh makes it), reads report.json, and prints for each stage seconds,
+Runs `quantmill run` with plain GPTQ on the demo model (./demo.sh makes it), reads report.json, and prints for each stage seconds,
 GFLOP/s and the share of the peak: OpenBLAS's own multi-threaded rate, measured by bench_gemm just before. It first checks the
 result: `quantmill inspect` must accept the checkpoint.
 """
@@ -71,7 +71,7 @@ def main() -> None:
                         "tokens": str(arguments.demo / "calib.h5"),
                         "sequences": arguments.sequences,
                     },
-                    "quantization": {"bits": arguments.bits, "group_size": 64},
+                    "quantization": {"preset": "plain", "bits": arguments.bits, "group_size": 64},
                 }
             )
         )  # JSON is YAML

@@ -309,9 +309,11 @@ Row row(std::string path, Kind<T> kind, std::string meaning, Member member) {
             [kind, member](const JobSpec& spec) { return kind.write(member(spec)); }};
 }
 
+constexpr std::string_view preset_default = "the preset's";
+
 // A key whose default is the preset's.
 Row decided(Row row) {
-    row.key.default_value = "the preset's";
+    row.key.default_value = preset_default;
     return row;
 }
 
@@ -967,7 +969,10 @@ YAML::Node outputs_node(const JobSpec& spec) {
         for (const auto& row : rows()) {
             const std::string& path = row.key.path;
             if (path.starts_with("output.")) put(item, path.substr(path.find('.') + 1), row, job);
-            if (path.starts_with("quantization.") && row.write(job) != row.write(spec))
+            // A preset of the item's own would decide what is not written.
+            const bool decided = row.key.default_value == preset_default &&
+                                 job.quantization.preset != spec.quantization.preset;
+            if (path.starts_with("quantization.") && (decided || row.write(job) != row.write(spec)))
                 put(item, path, row, job);
         }
         if (YAML::Dump(rules_node(job)) != YAML::Dump(rules_node(spec))) {

@@ -38,12 +38,12 @@ struct QuantizationSpec {
     double damp_auto_increment = 0.01;
     bool true_sequential = true;
     std::string propagate = "quantized";  // quantized | original
-    std::string preset = "plain";         // plain | gptqmodel | balanced | best: decides what follows
-    bool act_group_aware = false;
+    std::string preset = "balanced";      // plain | gptqmodel | balanced | best: decides what follows
+    bool act_group_aware = true;
     bool static_groups = false;
-    std::string scale_search = "minmax";  // minmax | mse | hessian
-    bool signed_scales = false;
-    std::string scale_rounding = "fp16";  // auto | fp16 | bf16
+    std::string scale_search = "hessian";  // minmax | mse | hessian
+    bool signed_scales = true;
+    std::string scale_rounding = "auto";  // auto | fp16 | bf16
     bool refit = false;
     int sweeps = 0;
     double error_propagation_alpha = 0.0;  // 0: off

@@ -96,7 +96,7 @@ def test_three_checkpoints_are_those_of_three_jobs(quantmill: Run, small: Path, 
     job["outputs"] = [common | {"directory": str(tmp_path / f"out{i}"), "quantization": c} for i, c in enumerate(changes)]
     (tmp_path / "job.yaml").write_text(yaml.safe_dump(job))
     plan = quantmill("plan", tmp_path / "job.yaml").stdout
-    assert re.search(r"out1 \(gptq\): 3 bits, group_size 32.*\n.*out2 \(gptq\): 8 bits, group_size -1, symmetric, desc_act;", plan), plan
+    assert re.search(r"out1 \(gptq\): 3 bits, group_size 32.*\n.*out2 \(gptq\): 8 bits, group_size -1, symmetric, desc_act, hessian search of scales, signed scales;", plan), plan
     quantmill("run", tmp_path / "job.yaml", ranks=3)
     for i in range(3):
         assert digests(tmp_path / f"out{i}") == digests(tmp_path / f"alone{i}"), changes[i]

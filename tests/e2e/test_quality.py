@@ -61,7 +61,7 @@ def test_unquantized(quantmill: Run, figures: dict[str, Any], tmp_path: Path) ->
 
 @pytest.mark.parametrize("bits", [4])  # 3 takes as long and is noisier; its recorded medians are checked below
 def test_quantized(quantmill: Run, figures: dict[str, Any], tmp_path: Path, bits: int) -> None:
-    job = write_job(tmp_path / "job.yaml", MODEL, CALIBRATION, tmp_path / "out", {"bits": bits, "group_size": 64})
+    job = write_job(tmp_path / "job.yaml", MODEL, CALIBRATION, tmp_path / "out", {"preset": "plain", "bits": bits, "group_size": 64})
     quantmill("run", job, environment=ENVIRONMENT, timeout=1500)
     got = perplexity(quantmill, tmp_path / "out", tmp_path / "eval.json")
     peer = median(figures, "gptqmodel", bits)

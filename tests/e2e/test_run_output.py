@@ -25,7 +25,7 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {
     "mistral": (
         "Mistral",
         {"dtype": "F16", "files": 2},
-        {"bits": 2, "group_size": 16, "damp_percent": 0.1, "act_group_aware": True, "scale_search": "hessian", "signed_scales": True},
+        {"preset": "plain", "bits": 2, "group_size": 16, "damp_percent": 0.1},
         "gptq",
     ),
     "qwen2": ("Qwen2", {"dtype": "F32"}, {"bits": 3, "group_size": -1, "sym": False, "desc_act": True}, "gptq_v2"),
@@ -80,6 +80,14 @@ def any_order(result: Result) -> bool:
     return result.quantization.get("desc_act", False) and not result.quantization.get("static_groups", False)
 
 
+def asked(result: Result) -> dict[str, Any]:
+    """What the case sets, and what its preset decides beside that: balanced gives way to desc_act and sym."""
+    usual = {"sym": True, "desc_act": False} | result.quantization
+    own = usual.get("preset") != "plain"
+    decided = {"act_group_aware": own and not usual["desc_act"], "static_groups": False, "signed_scales": own and usual["sym"]}
+    return decided | {"scale_search": "hessian" if own else "minmax"} | usual
+
+
 def linears_of(result: Result) -> list[str]:
     blocks = json.loads((result.model / "config.json").read_text())["num_hidden_layers"]
     return [f"model.layers.{block}.{linear}" for block in range(blocks) for linear in LINEARS]
@@ -101,7 +109,7 @@ def test_tensors(result: Result) -> None:
                 assert sorted(values) == sorted(column * groups // columns for column in range(columns))
             elif kind == "scales":
                 assert (np.abs(values) >= np.float16(2**-14)).all()
-                assert (values < 0).any() == result.quantization.get("signed_scales", False)
+                assert (values < 0).any() == asked(result)["signed_scales"]
             elif kind == "qzeros" and result.quantization.get("sym", True):
                 assert (unpack(values.T, bits) == 2 ** (bits - 1) - (result.format == "gptq")).all()
         if f"{module}.bias" in source:
@@ -133,8 +141,8 @@ def test_configs(result: Result) -> None:
     assert list(config) == list(json.loads((result.model / "config.json").read_text()))  # in the source's order
     assert config == json.loads((result.model / "config.json").read_text())
     assert quantization == result.json("quantize_config.json")
-    asked = {"sym": True, "desc_act": False} | result.quantization
-    expected = {key: asked[key] for key in ("bits", "group_size", "sym")} | {
+    wanted = asked(result)
+    expected = {key: wanted[key] for key in ("bits", "group_size", "sym")} | {
         "desc_act": any_order(result),
         "lm_head": False,
         "quant_method": "gptq",
@@ -143,11 +151,10 @@ def test_configs(result: Result) -> None:
         "pack_dtype": "int32",
     }
     assert {key: quantization.get(key) for key in expected} == expected
-    assert quantization["meta"]["damp_percent"] == asked.get("damp_percent", 0.05)
-    assert quantization["meta"]["true_sequential"] == asked.get("true_sequential", True)
-    for key in ("act_group_aware", "static_groups", "signed_scales"):
-        assert quantization["meta"][key] == asked.get(key, False)
-    assert quantization["meta"]["scale_search"] == asked.get("scale_search", "minmax")
+    assert quantization["meta"]["damp_percent"] == wanted.get("damp_percent", 0.05)
+    assert quantization["meta"]["true_sequential"] == wanted.get("true_sequential", True)
+    for key in ("act_group_aware", "static_groups", "signed_scales", "scale_search"):
+        assert quantization["meta"][key] == wanted[key]
     assert re.fullmatch(r"quantmill:\d+\.\d+\.\d+\S*", quantization["meta"]["quantizer"][0])
 
 

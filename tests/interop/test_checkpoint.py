@@ -105,7 +105,9 @@ def test_tensors_of_the_format(checkpoint: Path, source: Path) -> None:
                 elif kind == "qzeros":
                     assert (tensor.view(np.uint32) == 0x77777777).all()
                 elif kind == "scales":
-                    assert (tensor > 0).all()
+                    assert (tensor < 0).any()
+                    assert (tensor > 0).any()
+                    assert (np.abs(tensor) >= np.float16(2**-14)).all()
                 else:
                     assert len(np.unique(unpack(tensor, BITS))) == 2**BITS
     assert tensors.keys() == originals.keys()  # what is not quantized stays as it was

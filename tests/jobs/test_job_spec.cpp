@@ -1,3 +1,4 @@
+#include <fmt/format.h>
 #include <gtest/gtest.h>
 
 #include <algorithm>
@@ -287,6 +288,33 @@ TEST(JobSpec, APresetDecidesWhatIsNotSet) {
     EXPECT_EQ(plain.scale_search, "minmax");
 }
 
+TEST(JobSpec, TheDefaultIsBalanced) {
+    const auto decided = [](const std::string& text, const std::vector<std::string>& overrides) {
+        const auto q = parse(text, overrides).quantization;
+        return fmt::format("{} {} {} {} {} {} {} {} {}", q.preset, q.act_group_aware, q.static_groups,
+                           q.scale_search, q.signed_scales, q.scale_rounding, q.refit, q.sweeps,
+                           q.error_propagation_alpha);
+    };
+    EXPECT_EQ(decided(minimal, {}), "balanced true false hessian true auto false 0 0");
+    EXPECT_EQ(decided(minimal, {"quantization.preset=balanced"}), decided(minimal, {}));
+    // A QuantizationSpec that nobody parsed says the same.
+    EXPECT_EQ(to_yaml(parse(minimal)), to_yaml([] {
+                  JobSpec spec = parse(minimal);
+                  spec.quantization = {};
+                  return spec;
+              }()));
+    // What it decides gives way to a key that leaves it no sense, in the file and behind --set.
+    EXPECT_EQ(decided(minimal, {"quantization.desc_act=true"}),
+              "balanced false false hessian true auto false 0 0");
+    const std::string asymmetric =
+        "model: m\noutput: {directory: o, format: gptq_v2}\ncalibration: {tokens: t}\n"
+        "quantization: {sym: false}\n";
+    EXPECT_EQ(decided(asymmetric, {}), "balanced true false hessian false auto false 0 0");
+    EXPECT_EQ(decided(asymmetric, {"quantization.desc_act=true"}),
+              "balanced false false hessian false auto false 0 0");
+    EXPECT_EQ(decided(asymmetric, {"quantization.sym=true"}), decided(minimal, {}));
+}
+
 TEST(JobSpec, WhatContradictsIsRefused) {
     const auto refused = [](const std::vector<std::string>& overrides) {
         return error_of(minimal, overrides);
@@ -312,6 +340,14 @@ TEST(JobSpec, AnOutputHasAPresetOfItsOwn) {
     EXPECT_TRUE(spec.outputs[1].quantization.signed_scales);
     EXPECT_FALSE(spec.outputs[2].quantization.act_group_aware);
     EXPECT_TRUE(spec.outputs[1].quantization.act_group_aware);
+    // The YAML of a spec keeps what an item sets beside a preset of its own, also where the job says the same.
+    const auto mixed = parse(
+        "model: m\ncalibration: {tokens: c.h5}\nquantization: {propagate: original, scale_search: mse}\n"
+        "outputs:\n  - {directory: a, quantization: {preset: best, scale_search: mse}}\n  - {directory: b}\n");
+    const auto again = parse(to_yaml(mixed));
+    EXPECT_EQ(again.outputs[0].quantization.scale_search, "mse");
+    EXPECT_TRUE(again.outputs[0].quantization.refit);
+    EXPECT_EQ(to_yaml(again), to_yaml(mixed));
 }
 
 const std::string three_outputs =

@@ -47,6 +47,9 @@ QuantizationSpec random_quantization(Random& random) {
     spec.bits = one_of(random, {2, 3, 4, 8});
     spec.group_size = one_of<std::int64_t>(random, {-1, 16, 32});
     spec.desc_act = random() % 2 == 0;
+    spec.act_group_aware = !spec.desc_act && random() % 2 == 0;
+    spec.scale_search = one_of<const char*>(random, {"minmax", "hessian"});
+    spec.signed_scales = random() % 2 == 0;
     spec.damp_percent = one_of(random, {0.01, 0.05});
     spec.true_sequential = random() % 2 == 0;
     if (random() % 3 == 0) spec.lm_head_bits = one_of(random, {4, 8});
