@@ -29,7 +29,12 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {
         "gptq",
     ),
     "qwen2": ("Qwen2", {"dtype": "F32"}, {"bits": 3, "group_size": -1, "sym": False, "desc_act": True}, "gptq_v2"),
-    "qwen3": ("Qwen3", {"dtype": "BF16"}, {"bits": 8, "group_size": 32, "true_sequential": False, "desc_act": True, "static_groups": True}, "gptq_v2"),
+    "qwen3": (
+        "Qwen3",
+        {"dtype": "BF16"},
+        {"bits": 8, "group_size": 32, "true_sequential": False, "desc_act": True, "static_groups": True, "signed_scales": False},
+        "gptq_v2",
+    ),
 }
 
 
@@ -374,7 +379,7 @@ def damaged_source(quantmill: Run, tmp_path_factory: pytest.TempPathFactory) -> 
     work = tmp_path_factory.mktemp("sound")
     model = make_checkpoint(work / "model", "Llama")
     store = write_store(work / "calib.h5", random_sequences(3, 30, vocabulary=VOCABULARY), model, VOCABULARY)
-    job = write_job(work / "job.yaml", model, store, work / "out", {"bits": 4, "group_size": 32})
+    job = write_job(work / "job.yaml", model, store, work / "out", {"preset": "plain", "bits": 4, "group_size": 32})
     quantmill("run", job)
     return Result(model, store, job, work / "out", "", "gptq", {})
 
