@@ -116,17 +116,29 @@ void ShardAccumulator::restart() {
 }
 
 HessianAccumulator::HessianAccumulator(Backend& backend, std::int64_t columns, std::int64_t shards)
-    : ShardAccumulator(backend, columns, shards, Elements::triangle) {}
+    : ShardAccumulator(backend, columns, shards, Elements::triangle),
+      diagonal_(static_cast<std::size_t>(columns), 0.0F) {}
 
-void HessianAccumulator::add(ConstTensorView x) { backend().accumulate_hessian(x, open()); }
+bool HessianAccumulator::add(ConstTensorView x) {
+    backend().accumulate_hessian(x, open());
+    // Now, while x is there to be looked at. A shard has few micro-batches, one on most GPUs.
+    diagonal_ = backend().read_diagonal(open());
+    return std::ranges::all_of(diagonal_, [](float element) { return std::isfinite(element); });
+}
 
-std::vector<float> HessianAccumulator::open_diagonal() { return backend().read_diagonal(open()); }
+std::int64_t HessianAccumulator::first_refused(ConstTensorView x, const Sequences& sequences) {
+    for (std::int64_t s = 0; s < sequences.count(); ++s) {
+        const auto first = static_cast<std::size_t>(s);
+        backend().zero(open());
+        if (!add(x.rows(sequences.offsets[first], sequences.offsets[first + 1]))) return s;
+    }
+    return sequences.count();
+}
 
 bool HessianAccumulator::close_shard(const FixedPointExponents& exponents) {
     // |h_ij| <= sqrt(h_ii h_jj): when the diagonal fits, everything does.
-    const std::vector<float> diagonal = open_diagonal();
     for (int index = 0; index < kLevels; ++index) {
-        if (!fits(diagonal, lowered(exponents, index), limit())) continue;
+        if (!fits(diagonal_, lowered(exponents, index), limit())) continue;
         close_at(index, exponents);
         return true;
     }

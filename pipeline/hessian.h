@@ -73,14 +73,22 @@ class HessianAccumulator : public ShardAccumulator {
 public:
     HessianAccumulator(Backend& backend, std::int64_t columns, std::int64_t shards);
 
-    void add(ConstTensorView x);  // one micro-batch of the open shard
+    // One micro-batch of the open shard. Returns false when the shard is not finite any more: x has NaN or
+    // infinities, or elements whose squares fp32 does not hold.
+    [[nodiscard]] bool add(ConstTensorView x);
+    // The first of the sequences of which x, a micro-batch, consists that add() would refuse alone; their
+    // count when it is none. For a message: the open shard is lost.
+    std::int64_t first_refused(ConstTensorView x, const Sequences& sequences);
     // The diagonal of the open shard; every rank needs the first shard's to choose exponents.
-    std::vector<float> open_diagonal();
+    const std::vector<float>& open_diagonal() const { return diagonal_; }
     // Adds the open shard to the sum of its level and opens the next. Returns false when no level holds it:
-    // it is not finite, or 2^36 times as loud as the first shard.
+    // it is 2^36 times as loud as the first shard, or not finite.
     [[nodiscard]] bool close_shard(const FixedPointExponents& exponents);
 
     static std::size_t bytes(std::int64_t columns);
+
+private:
+    std::vector<float> diagonal_;  // of what add() has seen of the open shard
 };
 
 // (X − X̃)ᵀX̃, where X̃ is the input that a linear will see and X that of the original model; sums i64 [C, C].

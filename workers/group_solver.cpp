@@ -32,29 +32,35 @@ std::vector<double> gather_rows(Control& control, const std::vector<double>& min
     return all;
 }
 
-// "sequences 8-15", counted from 0 as they lie in the store: the ones among which NaN was met.
-std::string sequences_text(const BatchShard& shard) {
-    const std::int64_t first = shard.micro_batches.front().first_sequence;
-    const MicroBatch& end = shard.micro_batches.back();
-    const std::int64_t last = end.first_sequence + end.sequences.count() - 1;
-    return first == last ? fmt::format("sequence {}", first) : fmt::format("sequences {}-{}", first, last);
+// "sequences 8-15", as they lie in the store.
+std::string sequences_text(std::int64_t first, std::int64_t last) {
+    const std::string text =
+        first == last ? fmt::format("sequence {}", first) : fmt::format("sequences {}-{}", first, last);
+    return text + " (counted from 0)";
 }
 
 }  // namespace
 
-FixedPointExponents exponents_of_first_shard(HessianAccumulator& accumulator, const std::string& module,
-                                             const BatchShard& shard) {
-    const std::vector<float> diagonal = accumulator.open_diagonal();
-    if (!std::all_of(diagonal.begin(), diagonal.end(), [](float d) { return std::isfinite(d); })) {
-        throw BadInput("{}: its calibration inputs are not finite in {}", module, sequences_text(shard));
-    }
-    return choose_exponents(diagonal);
+void add_inputs(HessianAccumulator& accumulator, ConstTensorView x, const std::string& module,
+                const MicroBatch& batch) {
+    if (accumulator.add(x)) return;
+    std::int64_t first = batch.first_sequence;
+    std::int64_t last = first + batch.sequences.count() - 1;
+    const std::int64_t refused = accumulator.first_refused(x, batch.sequences);
+    if (refused < batch.sequences.count()) first = last = first + refused;
+    throw BadInput(
+        "{}: its calibration inputs are not finite in {}: NaN, infinite, or too large to be squared in fp32",
+        module, sequences_text(first, last));
 }
 
 void refuse_shard(const std::string& module, const BatchShard& shard) {
+    const MicroBatch& end = shard.micro_batches.back();
     throw BadInput(
-        "{}: its calibration inputs are not finite in {}, or 2^36 times as large there as in the first ones",
-        module, sequences_text(shard));
+        "{}: its calibration inputs are 2^36 times as large in {} as in the first ones, or not finite in the "
+        "original model",
+        module,
+        sequences_text(shard.micro_batches.front().first_sequence,
+                       end.first_sequence + end.sequences.count() - 1));
 }
 
 void agree_on_levels(Control& control, std::vector<ReducedHessian>& hessians) {

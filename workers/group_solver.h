@@ -27,10 +27,10 @@ struct ReducedHessian {
     std::optional<CrossAccumulator> cross = std::nullopt;  // with error propagation
 };
 
-// The exponents of a Hessian from the job's first shard, which is open in `accumulator`. Throws BadInput when
-// its inputs are not finite; so does refuse_shard for a later shard that no level holds.
-FixedPointExponents exponents_of_first_shard(HessianAccumulator& accumulator, const std::string& module,
-                                             const BatchShard& shard);
+// Adds the inputs x of `module` in a micro-batch. Throws BadInput, which names the sequence, when they are
+// not finite; so does refuse_shard for a shard that no level holds.
+void add_inputs(HessianAccumulator& accumulator, ConstTensorView x, const std::string& module,
+                const MicroBatch& batch);
 [[noreturn]] void refuse_shard(const std::string& module, const BatchShard& shard);
 // Gives the Hessians, and what is beside them, the levels that any rank's have. Collective.
 void agree_on_levels(Control& control, std::vector<ReducedHessian>& hessians);

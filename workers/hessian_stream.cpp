@@ -80,17 +80,17 @@ void HessianStream::report(std::size_t sweep, std::size_t item) {
 
 void HessianStream::compute(const StreamItem& item, TensorView hidden, std::vector<HeldBlock>& held) {
     const TensorView carried = carried_.view().leading({hidden.extent(0), carried_.shape()[1]});
-    for (HeldBlock& block : held) run_block(block, {&item.batch->sequences, hidden, carried});
+    for (HeldBlock& block : held) run_block(block, *item.batch, {&item.batch->sequences, hidden, carried});
 }
 
-void HessianStream::run_block(HeldBlock& held, const BatchState& state) {
+void HessianStream::run_block(HeldBlock& held, const MicroBatch& batch, const BatchState& state) {
     const std::vector<Stage>& stages = graph_.stages_of(held.block);
     for (std::size_t stage = 0; stage < stages.size(); ++stage) {
         StageSeconds& seconds = held.seconds[stage];
         Stopwatch watch;
         const TensorView input = forward_.stage_input(stages[stage], held.weights, state);
         seconds.forward += watch.restart();
-        held.hessians[stage].accumulator.add(input);
+        add_inputs(held.hessians[stage].accumulator, input, module_of(graph_, held.block, stage), batch);
         seconds.hessian += watch.restart();
         // Nobody reads what the model's last linears put out.
         const bool last = held.block == last_block_ && stage + 1 == stages.size();
@@ -117,8 +117,8 @@ void HessianStream::agree_on_exponents(std::vector<HeldBlock>& held) {
     FixedPointExponents all;
     for_each_hessian(held, [&](HeldBlock& block, std::size_t stage) {
         if (control.rank() != 0) return;
-        const FixedPointExponents chosen = exponents_of_first_shard(
-            block.hessians[stage].accumulator, module_of(graph_, block.block, stage), shards_.front());
+        const FixedPointExponents chosen =
+            choose_exponents(block.hessians[stage].accumulator.open_diagonal());
         all.insert(all.end(), chosen.begin(), chosen.end());
     });
     all = from_message<std::int32_t>(control.broadcast(as_message(all), 0));

@@ -43,7 +43,7 @@ public:
 private:
     void prepare(std::vector<HeldBlock>& held) const;
     void compute(const StreamItem& item, TensorView hidden, std::vector<HeldBlock>& held);
-    void run_block(HeldBlock& held, const BatchState& state);
+    void run_block(HeldBlock& held, const MicroBatch& batch, const BatchState& state);
     void close_shard(const BatchShard& shard, std::vector<HeldBlock>& held);
     void agree_on_exponents(std::vector<HeldBlock>& held);
     void report(std::size_t sweep, std::size_t item);

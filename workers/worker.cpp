@@ -150,7 +150,7 @@ std::vector<ReducedHessian> Worker::reduce_hessians(int block, StageSpan stages,
     clock_.start();
     // Rank 0 owns the first shard, which fixes the exponents for all.
     if (batches_.shards() > 0) accumulate_shard(block, 0, stages, weights, passes, hessians);
-    agree_on_exponents(block, stages, hessians);
+    agree_on_exponents(hessians);
     for (std::size_t shard = 0; shard < batches_.shards(); ++shard) {
         if (shard > 0) accumulate_shard(block, shard, stages, weights, passes, hessians);
         close_shard(block, shard, stages, hessians);
@@ -191,7 +191,8 @@ void Worker::accumulate_shard(int block, std::size_t shard, StageSpan stages, co
                 hessian.cross ? original_input(block, stage, weights, original, runs) : TensorView{};
             const TensorView input = forward_.stage_input(graph_.stages_of(block)[stage], weights, state);
             clock_.lap(&StageSeconds::forward);
-            hessian.accumulator.add(input);
+            add_inputs(hessian.accumulator, input, solver_.module(block, stage),
+                       batches_.batches()[batch].plan);
             if (hessian.cross) hessian.cross->add(unquantized, input);
             clock_.lap(&StageSeconds::hessian);
             if (!whole_block || stage + 1 == stages.last) continue;
@@ -241,14 +242,13 @@ void Worker::close_shard(int block, std::size_t shard, StageSpan stages,
     clock_.lap(&StageSeconds::hessian);
 }
 
-void Worker::agree_on_exponents(int block, StageSpan stages, std::vector<ReducedHessian>& hessians) {
-    for (std::size_t i = 0; i < hessians.size(); ++i) {
+void Worker::agree_on_exponents(std::vector<ReducedHessian>& hessians) {
+    for (ReducedHessian& hessian : hessians) {
         FixedPointExponents chosen;
         if (all_.control.rank() == 0) {
-            chosen = exponents_of_first_shard(hessians[i].accumulator,
-                                              solver_.module(block, stages.first + i), shards_.front());
+            chosen = choose_exponents(hessian.accumulator.open_diagonal());
         }
-        hessians[i].exponents = from_message<std::int32_t>(all_.control.broadcast(as_message(chosen), 0));
+        hessian.exponents = from_message<std::int32_t>(all_.control.broadcast(as_message(chosen), 0));
     }
 }
 

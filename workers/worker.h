@@ -70,7 +70,7 @@ private:
     void make_originals(std::size_t stage, BlockWeights& weights);
     void drop_originals(StageSpan stages, BlockWeights& weights);
     void close_shard(int block, std::size_t shard, StageSpan stages, std::vector<ReducedHessian>& hessians);
-    void agree_on_exponents(int block, StageSpan stages, std::vector<ReducedHessian>& hessians);
+    void agree_on_exponents(std::vector<ReducedHessian>& hessians);
     void sum_over_ranks(std::vector<ReducedHessian>& hessians);
 
     FactorOutcome factor(int block, std::size_t stage, ReducedHessian& hessian);

@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +124,26 @@ def tensor_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
             norms |= {"self_attn.q_norm": config["head_dim"], "self_attn.k_norm": config["head_dim"]}
         shapes |= {f"{prefix}{name}.weight": (length,) for name, length in norms.items()}
     return shapes
+
+
+def overflow_at(model: Path, block: int, token: int) -> None:
+    """Makes the norm before a block overflow for one token, and for no other: only its embedding has a first element, and
+    the blocks before leave that of every hidden state as it is."""
+    tensors = read_tensors(model)
+    changes: dict[str, Callable[[np.ndarray], Any]] = {
+        "model.embed_tokens.weight": lambda v: v[:, 0].fill(0.0),
+        f"model.layers.{block}.input_layernorm.weight": lambda v: v[:1].fill(3e38),
+    }
+    for before in range(block):
+        for linear in ("self_attn.o_proj", "mlp.down_proj"):
+            changes |= {f"model.layers.{before}.{linear}.{kind}": lambda v: v[:1].fill(0.0) for kind in ("weight", "bias")}
+    for name in changes.keys() & tensors.keys():
+        values = decode(tensors[name]).copy()
+        changes[name](values)
+        if "embed" in name:
+            values[token, 0] = 4.0
+        tensors[name] = encode(values, tensors[name][0])
+    write_weights(model, tensors, 1)
 
 
 def write_weights(directory: Path, tensors: dict[str, Stored], files: int) -> None:

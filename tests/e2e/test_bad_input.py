@@ -14,7 +14,7 @@ import h5py
 import numpy as np
 import pytest
 import yaml
-from conftest import INDEX, Stored, contents, make_checkpoint, read_tensors, write_tensors
+from conftest import INDEX, Stored, contents, make_checkpoint, overflow_at, read_tensors, write_tensors
 from program import Run, random_sequences, write_job, write_store
 
 VOCABULARY = 256
@@ -232,6 +232,22 @@ def test_a_rank_that_throws_ends_all(quantmill: Run, inputs: Inputs, finished: d
     quantmill("run", inputs.job, ranks=ranks)
     assert contents(inputs.output).keys() == finished.keys()
     assert not list(inputs.output.rglob("*.partial"))
+
+
+@pytest.mark.parametrize("sequence", [0, 4])  # alone in its micro-batch, and behind another one
+@pytest.mark.parametrize(("ranks", "settings"), [(1, {}), (2, {"true_sequential": False}), (2, {"propagate": "original"}), (1, {"error_propagation_alpha": 1})])
+def test_activations_that_are_not_finite(quantmill: Run, tmp_path: Path, sequence: int, ranks: int, settings: dict[str, Any]) -> None:
+    model = make_checkpoint(tmp_path / "model", "Llama", mlp_bias=True)
+    overflow_at(model, 1, VOCABULARY - 1)
+    sequences = random_sequences(5, 40, vocabulary=VOCABULARY - 1)
+    store = tmp_path / "calib.h5"
+    job = write_job(tmp_path / "job.yaml", model, store, tmp_path / "out", {"bits": 4, "group_size": 32, **settings})
+    write_store(store, sequences, model, VOCABULARY)
+    quantmill("run", job)
+    sequences[sequence][7] = VOCABULARY - 1
+    write_store(store, sequences, model, VOCABULARY)
+    done = quantmill("run", job, "--overwrite", code=2, ranks=ranks, timeout=60)
+    check(done, [f"model.layers.1.self_attn.q_proj: its calibration inputs are not finite in sequence {sequence} (counted from 0)"])
 
 
 def test_early_errors_are_said_once(quantmill: Run, inputs: Inputs) -> None:

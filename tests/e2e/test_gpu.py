@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import FAMILIES, make_checkpoint
+from conftest import FAMILIES, make_checkpoint, overflow_at
 from program import Run, random_sequences, write_job, write_store
 from test_same_bytes import digests
 
@@ -86,6 +86,16 @@ def test_same_bytes_of_layer_groups(quantmill: Run, tmp_path: Path) -> None:
     quantmill("run", job, "--set", f"output.directory={tmp_path / 'saved'}", "--set", f"calibration.save_hessians={store}", ranks=2)
     quantmill("run", job, "--set", f"output.directory={tmp_path / 'loaded'}", "--set", f"calibration.hessians={store}", ranks=1)
     assert digests(tmp_path / "saved") == digests(tmp_path / "loaded") == expected
+
+
+@pytest.mark.parametrize("propagate", ["quantized", "original"])
+def test_activations_that_are_not_finite(quantmill: Run, tmp_path: Path, propagate: str) -> None:
+    sequences = random_sequences(20, 200, vocabulary=255)
+    sequences[13][150] = 255
+    job, model = make_job(tmp_path, "Llama", 9, sequences, propagate=propagate)
+    overflow_at(model, 1, 255)
+    done = quantmill("run", job, code=2)
+    assert "model.layers.1.self_attn.q_proj: its calibration inputs are not finite in sequence 13 (counted from 0)" in done.stderr
 
 
 def test_a_budget_holds_and_the_plan_knows(quantmill: Run, tmp_path: Path) -> None:

@@ -340,10 +340,12 @@ TEST(JobSpec, AnOutputHasAPresetOfItsOwn) {
     EXPECT_TRUE(spec.outputs[1].quantization.signed_scales);
     EXPECT_FALSE(spec.outputs[2].quantization.act_group_aware);
     EXPECT_TRUE(spec.outputs[1].quantization.act_group_aware);
-    // The YAML of a spec keeps what an item sets beside a preset of its own, also where the job says the same.
+    // The YAML of a spec keeps what an item sets beside a preset of its own, also where the job says the
+    // same.
     const auto mixed = parse(
         "model: m\ncalibration: {tokens: c.h5}\nquantization: {propagate: original, scale_search: mse}\n"
-        "outputs:\n  - {directory: a, quantization: {preset: best, scale_search: mse}}\n  - {directory: b}\n");
+        "outputs:\n  - {directory: a, quantization: {preset: best, scale_search: mse}}\n  - {directory: "
+        "b}\n");
     const auto again = parse(to_yaml(mixed));
     EXPECT_EQ(again.outputs[0].quantization.scale_search, "mse");
     EXPECT_TRUE(again.outputs[0].quantization.refit);

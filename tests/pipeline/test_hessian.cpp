@@ -44,7 +44,7 @@ protected:
                                      const FixedPointExponents& exponents) {
         HessianAccumulator accumulator(*backend_, columns, static_cast<std::int64_t>(shards.size()));
         for (const std::size_t index : indices) {
-            accumulator.add(upload(shards[index], columns));
+            EXPECT_TRUE(accumulator.add(upload(shards[index], columns)));
             EXPECT_TRUE(accumulator.close_shard(exponents));
         }
         return download(accumulator.sum());
@@ -99,7 +99,7 @@ TEST_F(Hessian, SumDoesNotDependOnWhoAddsWhichShardAndWhen) {
     std::vector<Matrix> shards;
     for (int s = 0; s < 6; ++s) shards.push_back(normal((30 + 7 * s) * columns, std::exp(normal(1)[0])));
     HessianAccumulator first(*backend_, columns, 6);
-    first.add(upload(shards[0], columns));
+    ASSERT_TRUE(first.add(upload(shards[0], columns)));
     const FixedPointExponents exponents = choose_exponents(first.open_diagonal());
 
     const auto all = sum_of(shards, {0, 1, 2, 3, 4, 5}, columns, exponents);
@@ -115,12 +115,13 @@ TEST_F(Hessian, IsCloseToDoublePrecision) {
     const std::int64_t columns = 50, tokens = 300;
     const Matrix x = normal(tokens * columns);
     HessianAccumulator accumulator(*backend_, columns, 2);
-    accumulator.add(
-        upload({x.begin(), x.begin() + 100 * columns}, columns));  // two micro-batches of one shard,
-    accumulator.add(upload({x.begin() + 100 * columns, x.begin() + 200 * columns}, columns));
+    // Two micro-batches of one shard,
+    ASSERT_TRUE(accumulator.add(upload({x.begin(), x.begin() + 100 * columns}, columns)));
+    ASSERT_TRUE(accumulator.add(upload({x.begin() + 100 * columns, x.begin() + 200 * columns}, columns)));
     const FixedPointExponents exponents = choose_exponents(accumulator.open_diagonal());
     ASSERT_TRUE(accumulator.close_shard(exponents));
-    accumulator.add(upload({x.begin() + 200 * columns, x.end()}, columns));  // and a second shard
+    // and a second shard.
+    ASSERT_TRUE(accumulator.add(upload({x.begin() + 200 * columns, x.end()}, columns)));
     ASSERT_TRUE(accumulator.close_shard(exponents));
 
     backend_->from_fixed_point(accumulator.sum(), exponents, 2.0 / tokens, accumulator.workspace());
@@ -149,7 +150,7 @@ TEST_F(Hessian, LoudShardsGoToLevelsThatDoNotDependOnWhoAddsThem) {
     const auto rank_of = [&](const std::vector<std::size_t>& own) {
         auto rank = std::make_unique<HessianAccumulator>(*backend_, columns, 5);
         for (const std::size_t s : own) {
-            rank->add(upload(shards[s], columns));
+            EXPECT_TRUE(rank->add(upload(shards[s], columns)));
             if (exponents.empty()) exponents = choose_exponents(rank->open_diagonal());
             EXPECT_TRUE(rank->close_shard(exponents));
         }
@@ -204,7 +205,7 @@ TEST_F(Hessian, CrossProductsDoNotDependOnWhoAddsThem) {
         shards.push_back(shard);
     }
     HessianAccumulator first(*backend_, columns, 5);
-    first.add(upload(shards[0].x, columns));
+    ASSERT_TRUE(first.add(upload(shards[0].x, columns)));
     const FixedPointExponents exponents = choose_exponents(first.open_diagonal());
     const auto rank_of = [&](const std::vector<std::size_t>& own) {
         auto rank = std::make_unique<CrossAccumulator>(*backend_, columns, 5);
@@ -263,13 +264,34 @@ TEST_F(Hessian, CrossProductsThatAreNotFiniteNeverFit) {
     }
 }
 
-TEST_F(Hessian, ValuesThatAreNotFiniteNeverFit) {
+TEST_F(Hessian, ValuesThatAreNotFiniteAreRefused) {
     for (const float bad :
          {std::numeric_limits<float>::quiet_NaN(), std::numeric_limits<float>::infinity(), 1e35F}) {
         HessianAccumulator accumulator(*backend_, 4, 1);
-        accumulator.add(upload({1, 2, bad, 4}, 4));
+        EXPECT_TRUE(accumulator.add(upload({1, 2, 3, 4}, 4)));
+        EXPECT_FALSE(accumulator.add(upload({1, 2, bad, 4}, 4))) << bad;
         EXPECT_FALSE(accumulator.close_shard(FixedPointExponents(4, 0))) << bad;
     }
+}
+
+TEST_F(Hessian, TheSequenceThatIsNotFiniteIsFound) {
+    const Sequences sequences{{0, 3, 4, 4, 9}};  // the third has no token
+    for (const float bad :
+         {std::numeric_limits<float>::quiet_NaN(), -std::numeric_limits<float>::infinity(), 1e35F}) {
+        for (std::size_t token = 0; token < 9; ++token) {
+            HessianAccumulator accumulator(*backend_, 4, 1);
+            Matrix x = normal(9 * 4);
+            x[4 * token + token % 4] = bad;
+            x[4 * 8] = bad;  // also in the last, which does not count unless it is the first
+            EXPECT_FALSE(accumulator.add(upload(x, 4)));
+            EXPECT_EQ(accumulator.first_refused(upload(x, 4), sequences), token < 3 ? 0 : token < 4 ? 1 : 3);
+        }
+    }
+    // Alone each is finite, together they are not.
+    HessianAccumulator accumulator(*backend_, 4, 1);
+    const Tensor loud = upload(Matrix(std::size_t{4} * 9, 7e18F), 4);
+    EXPECT_FALSE(accumulator.add(loud));
+    EXPECT_EQ(accumulator.first_refused(loud, sequences), sequences.count());
 }
 
 }  // namespace
