@@ -6,8 +6,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import make_checkpoint, read_tensors
+from conftest import decode, make_checkpoint, read_tensors
 from program import Run, random_sequences, write_job, write_store
+from test_run_output import dequantized
 from test_same_bytes import digests
 
 VOCABULARY = 256
@@ -106,6 +107,53 @@ def test_plan_and_errors_name_what_rules_do(quantmill: Run, job: Path) -> None:
     done = quantmill("run", job, code=2)
     assert "fuse qkv into one linear" in done.stderr
     assert "job.yaml:" in done.stderr
+
+
+def head_inputs(quantmill: Run, model: Path, head: np.ndarray, work: Path) -> np.ndarray:
+    """float64 [tokens, columns]: what reaches lm_head, from the logits, which are more than its columns."""
+    words = ["--tokens", work / "calib.h5", "--allow-calibration-tokens", "--logits", work / "logits.safetensors"]
+    quantmill("eval", "--model", model, *words)
+    logits = decode(read_tensors(work / "logits.safetensors")["logits"]).astype(np.float64)
+    return np.linalg.lstsq(head, logits.T, rcond=None)[0].T
+
+
+@pytest.mark.parametrize("true_sequential", [True, False])
+def test_error_propagation_passes_skipped_linears_and_reaches_lm_head(quantmill: Run, tmp_path: Path, true_sequential: bool) -> None:
+    """What lm_head is solved for, W + alpha W (X - X~)^T X~ H^-1, from the activations of both models in double precision."""
+    alpha = 0.5
+    model = make_checkpoint(tmp_path / "model", "Llama", num_hidden_layers=3, seed=4)
+    store = write_store(tmp_path / "calib.h5", random_sequences(9, 70, vocabulary=VOCABULARY), model, VOCABULARY)
+    rules = [{"match": r"re:.*\.1\.mlp\.(gate|up)_proj", "skip": True}, {"match": "model.layers.0.self_attn.o_proj", "skip": True}]
+    options = {"preset": "plain", "bits": 3, "group_size": 32, "overrides": rules, "true_sequential": true_sequential}
+    job = write_job(tmp_path / "job.yaml", model, store, tmp_path / "out", options | {"error_propagation_alpha": alpha})
+
+    def run(name: str, *words: str, ranks: int = 1) -> Path:
+        quantmill("run", job, "--set", f"output.directory={tmp_path / name}", *words, ranks=ranks)
+        return tmp_path / name
+
+    head = ("--set", "quantization.lm_head.bits=4")
+    body, whole = run("body"), run("whole", *head)
+    for ranks, activations in [(2, "stream"), (3, "recompute")]:
+        spread = run(f"spread{ranks}", *head, "--set", f"compute.activations={activations}", ranks=ranks)
+        assert digests(spread) == digests(whole)
+    source, got = read_tensors(model), read_tensors(whole)
+    for name in ("0.self_attn.o_proj", "1.mlp.gate_proj", "1.mlp.up_proj"):
+        assert got[f"model.layers.{name}.weight"][1].tobytes() == source[f"model.layers.{name}.weight"][1].tobytes()
+    for name, (_, values) in read_tensors(body).items():
+        assert name.startswith("lm_head") or values.tobytes() == got[name][1].tobytes()
+
+    weight = decode(source["lm_head.weight"]).astype(np.float64)
+    original, x = (head_inputs(quantmill, directory, weight, tmp_path) for directory in (model, body))
+    hessian = 2 / len(x) * x.T @ x
+    hessian += 0.05 * np.diag(hessian).mean() * np.eye(len(hessian))
+    target = weight + alpha * weight @ (2 / len(x) * (original - x).T @ x) @ np.linalg.inv(hessian)
+    report = json.loads((whole / "report.json").read_text())["linears"][-1]
+    assert (report["module"], report["error_propagation_alpha"]) == ("lm_head", alpha)
+    error = target - dequantized(got, "lm_head", 4, "gptq")
+    assert report["loss"] == pytest.approx(np.trace(error @ hessian @ error.T), rel=1e-3)
+    # The correction counts: without it the loss would be another.
+    other = weight - dequantized(got, "lm_head", 4, "gptq")
+    assert report["loss"] != pytest.approx(np.trace(other @ hessian @ other.T), rel=0.05)
 
 
 @pytest.mark.parametrize("propagate", ["quantized", "original"])
