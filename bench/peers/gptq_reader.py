@@ -42,7 +42,8 @@ def read_weights(directory: Path) -> dict[str, np.ndarray]:
     for name, tensor in tensors.items():
         prefix, _, kind = name.rpartition(".")
         if kind == "qweight":
-            weights[f"{prefix}.weight"] = dequantize(tensors, prefix, config["bits"], version)
+            bits = tensor.shape[0] * 32 // tensors[f"{prefix}.g_idx"].size  # linears may differ (`dynamic`)
+            weights[f"{prefix}.weight"] = dequantize(tensors, prefix, bits, version)
         elif kind not in {"qzeros", "scales", "g_idx"}:
             weights[name] = tensor.astype(np.float32)
     return weights

@@ -16,9 +16,24 @@ from perplexity import load, perplexity
 VOCABULARY = 128  # small, so that the model of random weights is far from uniform
 
 
-def quantize_by_gptqmodel(model: Path, output: Path, desc_act: bool) -> None:
+# Mixed bits and groups, and linears that are left alone, as GPTQModel writes them.
+DYNAMIC = {
+    r"+:.*\.1\.self_attn\.[qkv]_proj": {"bits": 8, "group_size": 64},
+    r"+:.*\.down_proj": {"bits": 2, "group_size": 16},
+    r"-:.*\.0\.mlp\.(gate|up)_proj": {},
+}
+
+
+def quantize_by_gptqmodel(model: Path, output: Path, desc_act: bool = False, dynamic: dict[str, Any] | None = None) -> None:
     config = GPTQConfig(
-        bits=4, group_size=32, sym=True, desc_act=desc_act, act_group_aware=False, device="cpu", offload_to_disk=False
+        bits=4,
+        group_size=32,
+        sym=True,
+        desc_act=desc_act,
+        act_group_aware=False,
+        device="cpu",
+        offload_to_disk=False,
+        dynamic=dynamic,
     )
     loaded = GPTQModel.load(str(model), config, dtype=torch.float16)
     samples = [{"input_ids": ids, "attention_mask": [1] * len(ids)} for ids in random_sequences(16, 128, 1, VOCABULARY)]
@@ -45,11 +60,18 @@ def hidden_errors(model: torch.nn.Module, reference: torch.nn.Module, sequences:
     return [float((a - b).norm() / b.norm()) for a, b in zip(ours, theirs, strict=True)]
 
 
-@pytest.mark.parametrize("desc_act", [False, True])
-def test_perplexity_of_a_gptqmodel_checkpoint(quantmill: Callable[..., Any], tmp_path: Path, desc_act: bool) -> None:
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param({}, id="natural order"),
+        pytest.param({"desc_act": True}, id="desc_act"),
+        pytest.param({"dynamic": DYNAMIC}, id="dynamic"),
+    ],
+)
+def test_perplexity_of_a_gptqmodel_checkpoint(quantmill: Callable[..., Any], tmp_path: Path, options: dict[str, Any]) -> None:
     model, output, file = tmp_path / "model", tmp_path / "out", tmp_path / "eval.json"
     make_model(model, "Llama", vocab_size=VOCABULARY)
-    quantize_by_gptqmodel(model, output, desc_act)
+    quantize_by_gptqmodel(model, output, **options)
     sequences = random_sequences(8, 120, 2, VOCABULARY)
     store = write_store(tmp_path / "tokens.h5", sequences, output, VOCABULARY)
     quantmill("eval", "--model", output, "--reference", model, "--tokens", store, "--json", file, "--allow-tokenizer-mismatch", ranks=2)

@@ -49,6 +49,11 @@ def quantize(quantmill: Callable[..., Any], model: Path, tmp_path: Path) -> Quan
     return run
 
 
+def has_negative_scales(directory: Path) -> bool:
+    tensors = [load_file(file) for file in directory.glob("*.safetensors")]
+    return any((tensor < 0).any() for file in tensors for name, tensor in file.items() if name.endswith(".scales"))
+
+
 def loaded_by_gptqmodel(directory: Path) -> torch.nn.Module:
     """Its torch kernel in float32: it insists on loading in half precision."""
     loaded = GPTQModel.load(str(directory), backend=BACKEND.GPTQ_TORCH, device="cpu", dtype=torch.float16)
@@ -88,9 +93,7 @@ def test_gptqmodel_takes_every_order_and_negative_scales(
     output = quantize(bits, format, preset="plain", **options)
     config = json.loads((output / "quantize_config.json").read_text())
     assert config["desc_act"] == (options.get("desc_act", False) and not options.get("static_groups", False))
-    scales = [load_file(file) for file in output.glob("*.safetensors")]
-    negative = any((tensor < 0).any() for file in scales for name, tensor in file.items() if name.endswith(".scales"))
-    assert negative == options.get("signed_scales", False)
+    assert has_negative_scales(output) == options.get("signed_scales", False)
     sequences = random_sequences(3, 100, seed=2)
     store = write_store(tmp_path / "tokens.h5", sequences, output)
     ours = our_logits(quantmill, output, store, tmp_path / "logits.safetensors")
@@ -117,6 +120,7 @@ def test_gptqmodel_computes_what_a_gpu_s_checkpoint_holds(quantmill: Callable[..
 def test_transformers_loads_the_4_bit_checkpoint(quantize: Quantize) -> None:
     """Its kernel for CPUs is not exact, so compare how well it predicts what the exact model holds most likely."""
     output = quantize(4, "gptq")
+    assert has_negative_scales(output)
     sequences = random_sequences(3, 100, seed=2)
     exact = their_logits(load(output), sequences)
     loaded = AutoModelForCausalLM.from_pretrained(output, dtype=torch.float16, device_map="cpu")
