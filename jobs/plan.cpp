@@ -193,11 +193,16 @@ void add_time(std::string& text, const std::optional<PlannedTime>& time) {
     if (!time) return add_lines(text, "Time", {"not measured"});
     const auto rate = time->gflops < 10'000.0 ? fmt::format("{:.0f} GFLOP/s", time->gflops)
                                               : fmt::format("{:.0f} TFLOP/s", time->gflops / 1000.0);
-    add_lines(text, "Time",
-              {fmt::format("about {}, at {} a rank as measured now", seconds_text(time->total()), rate),
-               fmt::format("forward {}, Hessians {}, factors {}, solving {}, reading and writing {}",
-                           seconds_text(time->forward), seconds_text(time->hessian),
-                           seconds_text(time->factor), seconds_text(time->solve), seconds_text(time->io))});
+    std::vector<std::string> lines{
+        fmt::format("about {}, at {} a rank as measured now", seconds_text(time->total()), rate),
+        fmt::format("forward {}, Hessians {}, factors {}, solving {}, reading and writing {}",
+                    seconds_text(time->forward), seconds_text(time->hessian), seconds_text(time->factor),
+                    seconds_text(time->solve), seconds_text(time->io))};
+    if (time->measuring > 0.0) {
+        lines.push_back(fmt::format("before that {} for target_bits: solves with 2, 3, 4 and 8 bits",
+                                    seconds_text(time->measuring)));
+    }
+    add_lines(text, "Time", lines);
 }
 
 // A row a group; groups that do alike share one.

@@ -97,8 +97,9 @@ struct PlannedFile {
 
 struct PlannedTime {
     double forward = 0.0, hessian = 0.0, factor = 0.0, solve = 0.0, io = 0.0;  // seconds
-    double gflops = 0.0;  // a rank's rate, measured just now
-    double total() const { return forward + hessian + factor + solve + io; }
+    double gflops = 0.0;     // a rank's rate, measured just now
+    double measuring = 0.0;  // seconds before all that, for quantization.target_bits
+    double total() const { return forward + hessian + factor + solve + io + measuring; }
 };
 
 struct Plan {

@@ -174,11 +174,9 @@ QuantizationScheme BitChoiceMaker::choose(const std::vector<std::vector<LinearRe
     return scheme_of(bits);
 }
 
-namespace {
-
-// One job a candidate, with Hessians of the original model and nothing to write.
-std::vector<PreparedJob> jobs_to_measure(const PreparedJob& job, const BitChoiceMaker& maker) {
+std::vector<PreparedJob> jobs_to_measure(const PreparedJob& job) {
     std::vector<PreparedJob> jobs;
+    const BitChoiceMaker maker(job.spec, job.graph, scheme_before_target(job));
     for (QuantizationScheme& candidate : maker.candidates()) {
         PreparedJob& measured = jobs.emplace_back(job);
         measured.spec.quantization.propagate = "original";
@@ -190,10 +188,12 @@ std::vector<PreparedJob> jobs_to_measure(const PreparedJob& job, const BitChoice
     return jobs;
 }
 
+namespace {
+
 BitBudgetReport choose_for(PreparedJob& job, const World& world, Control& control, Backend& backend) {
     const Stopwatch watch;
     const BitChoiceMaker maker(job.spec, job.graph, scheme_before_target(job));
-    const std::vector<PreparedJob> measured = jobs_to_measure(job, maker);
+    const std::vector<PreparedJob> measured = jobs_to_measure(job);
     const LayerPlan layers = layers_of(measured, world, backend);
     Coordinator coordinator(control, job.spec.compute.stall_timeout, true);
     LayerRun run(measured, layers, control, backend, coordinator, LayerRun::Purpose::measure);

@@ -41,6 +41,10 @@ private:
     std::uint64_t fixed_weights_ = 0, fixed_bits_ = 0;  // of those that keep their own
 };
 
+// The jobs that tell what a job with a target chooses from: one a candidate, with Hessians of the original
+// model and nothing to write.
+std::vector<PreparedJob> jobs_to_measure(const PreparedJob& job);
+
 // Measures and chooses for the jobs that have a target, and gives them the schemes and layouts of the choice.
 // Collective.
 void choose_bits(std::vector<PreparedJob>& jobs, const World& world, Control& control, Backend& backend,

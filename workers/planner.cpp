@@ -12,6 +12,7 @@
 #include "pipeline/model_card.h"
 #include "pipeline/output_directory.h"
 #include "pipeline/stopwatch.h"
+#include "workers/bit_choice.h"
 #include "workers/calibration_batches.h"
 #include "workers/checkpoint_output.h"
 #include "workers/forecast.h"
@@ -471,6 +472,47 @@ void add_cost_of_activations(const PreparedJob& job, const Rates& rates, const B
     plan.layers.seconds += time.total() - before;
 }
 
+// What quantization.target_bits of one output runs before the job itself.
+struct Measurement {
+    std::vector<PreparedJob> jobs;
+    LayerPlan layers;
+    PlannedWork work;
+};
+
+std::vector<Measurement> measurements_of(std::span<const PreparedJob> outputs, const World& world,
+                                         const Backend& backend) {
+    std::vector<Measurement> all;
+    for (const PreparedJob& output : outputs) {
+        if (!output.spec.quantization.target_bits) continue;
+        Measurement& measurement = all.emplace_back();
+        measurement.jobs = jobs_to_measure(output);
+        measurement.layers = layers_of(measurement.jobs, world, backend);
+        measurement.work = planned_work(measurement.jobs, backend);
+        measurement.work.written_bytes = 0.0;
+    }
+    return all;
+}
+
+// They are over when the job begins, so that only what they take beyond it counts.
+void add_measurements(std::span<const Measurement> measurements, std::vector<PlannedRank>& ranks) {
+    for (PlannedRank& rank : ranks) {
+        std::uint64_t most = total_memory(rank);
+        for (const Measurement& measurement : measurements) {
+            most = std::max(most, layer_memory(measurement.work, measurement.layers, rank.rank).total());
+        }
+        if (const std::uint64_t job = total_memory(rank); most > job)
+            rank.memory.push_back({"measuring losses for target_bits, before the rest", most - job});
+    }
+}
+
+double measuring_seconds(std::span<const Measurement> measurements, const World& world, const Rates& rates) {
+    double seconds = 0.0;
+    for (const Measurement& measurement : measurements) {
+        seconds += forecast_original(measurement.work, world, rates, measurement.layers).time.total();
+    }
+    return seconds;
+}
+
 // What speaks against storing a linear so, or serving it; each said once, whatever blocks it concerns.
 class Obstacles {
 public:
@@ -648,6 +690,8 @@ Plan make_plan(const PreparedJob& job, Control& control, Backend& backend, const
     plan.disk_reclaimed = reclaimed_bytes(job.spec.output.directory);
     plan.disk_free = free_disk(job.spec.output.directory) + plan.disk_reclaimed;
     plan.ranks = describe_ranks(job, backend, world, layers, writers);
+    const std::vector<Measurement> measurements = measurements_of(all, world, backend);
+    add_measurements(measurements, plan.ranks);
     const double gflops = measure ? measure_gflops(job.graph, control, backend) : 1.0;
     Rates rates = rates_of(backend.name(), gflops * 1e9);
     if (measure) rates.reading = measure_reading(job, control);
@@ -658,6 +702,7 @@ Plan make_plan(const PreparedJob& job, Control& control, Backend& backend, const
         if (job.spec.quantization.propagate == "quantized") {
             add_cost_of_activations(job, rates, backend, plan, expected.time);
         }
+        expected.time.measuring = measuring_seconds(measurements, world, rates);
         plan.time = expected.time;
     }
     find_obstacles(job, plan);

@@ -68,6 +68,11 @@ TEST(Plan, TextTellsWhatDecides) {
         to_text(again),
         "               disk: 39.8 GB needed, 1.20 TB free once 39.9 GB of an earlier run are removed");
     expect_line(text, "Time           about 11 min, at 421 TFLOP/s a rank as measured now");
+    EXPECT_EQ(text.find("target_bits"), std::string::npos);
+    again.time->measuring = 320;
+    expect_line(to_text(again), "Time           about 17 min, at 421 TFLOP/s a rank as measured now");
+    expect_line(to_text(again),
+                "               before that 5.3 min for target_bits: solves with 2, 3, 4 and 8 bits");
     expect_line(text, "  2.10 GB  embeddings");
     expect_line(text, "  8.11 GB  together; 78.0 GB free");
     expect_line(text, "Nothing stands in the way: start it with quantmill run.");

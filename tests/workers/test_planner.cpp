@@ -7,6 +7,7 @@
 #include "kernels/make_backend.h"
 #include "tests/comm/memory_backend.h"
 #include "tests/pipeline/tiny_checkpoint.h"
+#include "workers/bit_choice.h"
 #include "workers/job_scheme.h"
 #include "workers/layer_planner.h"
 #include "workers/planner.h"
@@ -109,6 +110,38 @@ TEST_F(Planner, MeasuresWhenAsked) {
     for (const double value : {time.gflops, time.forward, time.hessian, time.factor, time.solve, time.io}) {
         EXPECT_GT(value, 0.0);
     }
+}
+
+// A pass of the original model, a factor and four solves of each Hessian, and all blocks' Hessians at once.
+TEST_F(Planner, ABudgetOfBitsIsMeasuredFirst) {
+    const PlannedTime without =
+        make_plan(job(), *control_, *backend_, "mpi", true).time.value_or(PlannedTime{});
+    EXPECT_EQ(without.measuring, 0.0);
+    spec_.quantization.target_bits = 6.0;
+    const PreparedJob prepared = job();
+    const Plan plan = make_plan(prepared, *control_, *backend_, "mpi", true);
+    const PlannedTime time = plan.time.value_or(PlannedTime{});
+    const Rates rates = rates_of(backend_->name(), time.gflops * 1e9);
+    const ModelGraph& graph = prepared.graph;
+    const BlockCost cost =
+        block_cost(graph, rates, 600, 30, search_work(prepared.scheme.usual().grid, rates));
+    const auto weights = static_cast<double>(2 * graph.block_parameters() + 128 * 64);
+    EXPECT_NEAR(time.measuring,
+                2 * (cost.stream + cost.factors() + 4 * cost.solves()) + 2 * weights / rates.disk,
+                1e-6 * time.measuring);
+    EXPECT_NEAR(time.total(),
+                time.forward + time.hessian + time.factor + time.solve + time.io + time.measuring, 1e-9);
+
+    spec_.quantization.propagate = "original";
+    const std::vector<PreparedJob> measured = jobs_to_measure(job());
+    const std::uint64_t needed =
+        layer_memory(planned_work(measured, *backend_),
+                     layers_of(measured, imagine_world(1, 1, 1U << 30U), *backend_), 0)
+            .total();
+    EXPECT_EQ(total_memory(plan.ranks.front()), needed);
+    EXPECT_GT(needed, 2 * HessianAccumulator::bytes(96));
+    // What the job itself takes again costs nothing more.
+    EXPECT_EQ(total_memory(this->plan(job()).ranks.front()), needed);
 }
 
 std::uint64_t bytes_named(const Plan& plan, const std::string& name) {
