@@ -9,10 +9,15 @@ moves a perplexity by one to ten per cent: judge by medians.
   bench/quality.py --quantmill build/cpu/quantmill --model build/demo/SmolLM2-135M-Instruct \\
       --calibration build/demo/calib.h5 --evaluation build/demo/eval.h5 --bits 4 3 2 --orders 4
   bench/quality.py ... --rows balanced best "GPTQModel GAR, mse" --backend cuda --jobs 4
+  bench/quality.py ... --backend cuda --time 3      only times: three runs of each row and bit width, one after the other
+
+Seconds are those of a whole run, from its start to the finished checkpoint, as the tool itself reports them; they are kept when
+no other run was beside it.
 """
 
 import argparse
 import json
+import math
 import os
 import shutil
 import statistics
@@ -24,7 +29,7 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import date
 from pathlib import Path
 
-from compare_gptqmodel import PEERS, Record, sha256, store_of
+from compare_gptqmodel import PEERS, Record, last_json, sha256, store_of
 
 GAR = {"preset": "plain", "act_group_aware": True}
 SEARCH = GAR | {"scale_search": "hessian"}
@@ -122,6 +127,12 @@ class Table:
         spec.write_text(json.dumps(job))  # JSON is YAML
         self.execute(name, [str(arguments.quantmill), "run", str(spec), "--overwrite"])
 
+    def seconds(self, name: str, row: str, checkpoint: Path) -> float:
+        """Of the run that quantize() has just done."""
+        if row in THEIRS:
+            return last_json((self.arguments.work / f"{name}.log").read_text())["seconds"]["total"]
+        return json.loads((checkpoint / "report.json").read_text())["seconds"]
+
     def evaluate(self, name: str, checkpoint: Path) -> Record:
         file = self.arguments.work / f"{name}.json"
         command = [str(self.arguments.quantmill), "eval", "--model", str(checkpoint), "--backend", self.arguments.backend]
@@ -135,22 +146,42 @@ class Table:
         shutil.rmtree(checkpoint, ignore_errors=True)
         try:
             self.quantize(name, row, bits, order, checkpoint)
+            seconds = self.seconds(name, row, checkpoint)
             result = self.evaluate(name, checkpoint)
-            report = checkpoint / "report.json"
-            seconds = json.loads(report.read_text())["seconds"] if report.exists() else None
         except RuntimeError as error:
             print(error, flush=True)
             return
         finally:
             shutil.rmtree(checkpoint, ignore_errors=True)
         kept = ("perplexity", "perplexity_interval", "kl_divergence", "kl_divergence_interval", "top1_agreement")
-        record = {"row": row, "bits": bits, "order": order, "seconds": seconds, "date": date.today().isoformat()}
+        record = {"row": row, "bits": bits, "order": order, "date": date.today().isoformat()}
+        if self.arguments.jobs == 1:
+            record["seconds"] = seconds
         result |= result.pop("reference", {})
         record |= {key: result[key] for key in (*kept, "bits_per_weight", "backend") if key in result}
         with self.lock:
             self.figures["runs"].append(record)
             self.save()
             print(json.dumps(record), flush=True)
+
+    def time(self) -> None:
+        """Repeats until each row and bit width has as many times as wanted."""
+        timing = self.figures.setdefault("timing", [])
+        self.quantize("warm-up", self.arguments.rows[0], self.arguments.bits[0], 0, self.arguments.work / "timed")
+        for row in self.arguments.rows:
+            for bits in self.arguments.bits:
+                for _ in range(self.arguments.time - len(self.times(row, bits))):
+                    checkpoint = self.arguments.work / "timed"
+                    shutil.rmtree(checkpoint, ignore_errors=True)
+                    self.quantize("timed", row, bits, 0, checkpoint)
+                    seconds = self.seconds("timed", row, checkpoint)
+                    timing.append({"row": row, "bits": bits, "seconds": seconds, "date": date.today().isoformat()})
+                    self.save()
+                    print(json.dumps(timing[-1]), flush=True)
+
+    def times(self, row: str, bits: int) -> list[float]:
+        records = [*self.figures["runs"], *self.figures.get("timing", [])]
+        return [r["seconds"] for r in records if (r["row"], r["bits"]) == (row, bits) and r.get("seconds") is not None]
 
     def found(self, row: str, bits: int) -> list[Record]:
         return [r for r in self.figures["runs"] if (r["row"], r["bits"]) == (row, bits)]
@@ -167,14 +198,15 @@ class Table:
     def markdown(self) -> str:
         bits = self.arguments.bits
         lines = [
-            f"Perplexity of the unquantized model: {self.figures['unquantized']:.2f}.",
+            f"Perplexity of the unquantized model: {self.figures.get('unquantized', math.nan):.2f}.",
             "",
-            "| | " + " | ".join(f"{b} bits" for b in bits) + " | KL, " + " / ".join(map(str, bits)) + " | seconds |",
+            "| | " + " | ".join(f"{b} bits" for b in bits) + " | KL, " + " / ".join(map(str, bits)) + " | seconds, " + " / ".join(map(str, bits)) + " |",
             "|---|" + "---|" * (len(bits) + 2),
         ]
         for row in [*THEIRS, *OURS]:
             found = {b: self.found(row, b) for b in bits}
-            if not any(found.values()):
+            times = [self.times(row, b) for b in bits]
+            if not any(found.values()) and not any(times):
                 continue
 
             def median(b: int, key: str, form: str) -> str:
@@ -183,7 +215,8 @@ class Table:
 
             cells = [median(b, "perplexity", ".2f") for b in bits]
             divergences = " / ".join(median(b, "kl_divergence", ".3f") for b in bits)
-            lines.append(f"| {row} | {' | '.join(cells)} | {divergences} | {median(bits[0], 'seconds', '.1f')} |")
+            seconds = " / ".join(f"{statistics.median(t):.1f}" if t else "–" for t in times) if any(times) else ""
+            lines.append(f"| {row} | {' | '.join(cells)} | {divergences} | {seconds} |")
         return "\n".join(lines)
 
 
@@ -198,12 +231,16 @@ def main() -> None:
     parser.add_argument("--rows", nargs="+", default=list(OURS), choices=[*OURS, *THEIRS], metavar="ROW")
     parser.add_argument("--group-size", type=int, default=64)
     parser.add_argument("--backend", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--jobs", type=int, default=1, help="runs side by side; their seconds are no benchmark then")
+    parser.add_argument("--jobs", type=int, default=1, help="runs side by side; their seconds are not kept then")
+    parser.add_argument("--time", type=int, default=0, metavar="N", help="only time: N runs of each row, none evaluated")
     parser.add_argument("--gpus", type=int, default=1, help="GPUs that runs are spread over (default: %(default)s)")
     parser.add_argument("--work", type=Path, default=Path("build/quality"), metavar="DIR")
     parser.add_argument("--output", type=Path, default=PEERS.parent / "quality.json", metavar="FILE")
     table = Table(parser.parse_args())
-    table.fill()
+    if table.arguments.time:
+        table.time()
+    else:
+        table.fill()
     print(table.markdown())
 
 
