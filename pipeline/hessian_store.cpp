@@ -172,6 +172,9 @@ void HessianStore::write_block(int block, const std::vector<StoredHessian>& stag
     partial += ".partial";
     {
         const Handle access = without_locks(partial);
+        // The formats of metadata since HDF5 1.10 have checksums too: a flipped bit in a type or an index is
+        // found.
+        written(H5Pset_libver_bounds(access.get(), H5F_LIBVER_V110, H5F_LIBVER_V110), path, "its format");
         const Handle file(written(H5Fcreate(partial.c_str(), H5F_ACC_TRUNC, H5P_DEFAULT, access.get()), path,
                                   "creating it"),
                           H5Fclose);
