@@ -40,6 +40,9 @@ public:
     // backend's next operation afterwards.
     virtual std::unique_ptr<Transfer> start_send(ConstTensorView tensor, int peer) = 0;
     virtual std::unique_ptr<Transfer> start_receive(TensorView tensor, int peer) = 0;
+    // Whether a receive that waits for its send takes processors of the device from the computation (a kernel
+    // of NCCL's polls for it): then start it when the peer is about to send, not long before.
+    virtual bool receives_occupy_device() const = 0;
 
     // To whom this rank will send and from whom it will receive: connects them, and all ranks for collective
     // calls, where the first message would otherwise wait for that. Collective.

@@ -40,6 +40,7 @@ public:
         process_traffic().stream += tensor.size_bytes();
         return inner_->start_receive(tensor, peer);
     }
+    bool receives_occupy_device() const override { return inner_->receives_occupy_device(); }
 
 private:
     std::unique_ptr<Communicator> inner_;

@@ -23,6 +23,7 @@ public:
     std::unique_ptr<Transfer> start_send(ConstTensorView tensor, int peer) override;
     void connect(std::span<const int> /*receivers*/, std::span<const int> /*senders*/) override {}
     std::unique_ptr<Transfer> start_receive(TensorView tensor, int peer) override;
+    bool receives_occupy_device() const override { return false; }
 
 private:
     template <class Exchange>

@@ -68,6 +68,7 @@ public:
     void sum_to(TensorView sum, int root) override;
     std::unique_ptr<Transfer> start_send(ConstTensorView tensor, int peer) override;
     std::unique_ptr<Transfer> start_receive(TensorView tensor, int peer) override;
+    bool receives_occupy_device() const override { return true; }
     void connect(std::span<const int> receivers, std::span<const int> senders) override;
 
 private:

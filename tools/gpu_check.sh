@@ -71,7 +71,8 @@ for step in "${steps[@]}"; do
                 ninja -C "$build" "${programs[@]}"
             fi ;;
         test) "$(program test_cuda_backend)" --gtest_brief=1 ;;
-        memcheck) sanitize memcheck "$small" ;;
+        # Our own code checks what the API returns, and one test asks for a device that is not there.
+        memcheck) sanitize memcheck "$small" --report-api-errors no ;;
         racecheck) racecheck ;;
         initcheck) initcheck ;;
         bench)

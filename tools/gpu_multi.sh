@@ -1,6 +1,6 @@
 #!/bin/bash
 # The program on several GPUs of one host, judged there:
-#   tools/gpu_multi.sh [--gpus N] [--rehearse] DIRECTORY step …      DIRECTORY: memory-backed, 60 GB for all steps
+#   tools/gpu_multi.sh [--gpus N] [--blocks N] [--rehearse] DIRECTORY step …   DIRECTORY: memory-backed, 60 GB for all steps
 # The programs are looked for in PATH (tools/gpu_bundle.sh). Steps, each ended when it takes too long:
 #   tests    the Communicator over NCCL: 1, 2, 4 … N ranks
 #   bytes    a small random model: every placement writes the bytes of one GPU
@@ -17,6 +17,7 @@ small=(--sequences 96 --length 700)  # several micro-batches and shards a rank
 while [[ ${1:-} == --* ]]; do
     case $1 in
         --gpus) gpus=$2; shift 2 ;;
+        --blocks) blocks=$2; shift 2 ;;  # of the scaling; 8 when it is not named
         --rehearse) backend=cpu communicator=mpi shape=tiny size=(--sequences 128 --length 256) stall=15
             small=(--sequences 16 --length 100); shift ;;
         *) echo "unknown option $1" >&2; exit 2 ;;

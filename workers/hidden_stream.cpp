@@ -70,9 +70,15 @@ void HiddenStream::begin(std::size_t sweep) {
     if (!first_ && !items_.empty()) receive(0, links_.previous());
 }
 
+// A micro-batch ahead, so that it travels beside the computation; where waiting for it would slow that down,
+// no sooner than it is needed.
+
 TensorView HiddenStream::take(std::size_t item) {
     if (item >= 2) settle(item - 2);
-    if (!first_ && item + 1 < items_.size()) receive(item + 1, links_.previous());
+    if (!first_) {
+        const std::size_t next = links_.previous().communicator->receives_occupy_device() ? item : item + 1;
+        if (next > 0 && next < items_.size()) receive(next, links_.previous());
+    }
     if (incoming_[item] != nullptr) incoming_[item]->wait();
     incoming_[item].reset();
     return slot(item);
