@@ -34,7 +34,7 @@ python=$(tools/python_env.sh)/bin/python
 # Two ranks share the cores. The launcher is that of the MPI library that CMake found.
 launcher=$(sed -n 's/^MPIEXEC_EXECUTABLE:FILEPATH=//p' build/cpu/CMakeCache.txt)
 mpirun=("$launcher")
-if [[ $("$launcher" --version 2>&1) == *"Open MPI"* ]]; then
+if [[ $("$launcher" --version 2>&1) =~ Open\ MPI|OpenRTE|PRRTE ]]; then  # its mpiexec calls itself OpenRTE
   mpirun+=(--bind-to none --oversubscribe)  # by default it would pin each rank to one core
   if [ "$(id -u)" -eq 0 ]; then export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1; fi
 fi
