@@ -15,7 +15,12 @@ for argument in "$@"; do
   esac
 done
 
-say() { printf '\n== %s (%s)\n' "$*" "$(date +%T)"; }
+times="" stage="System packages" begin=0
+say() {
+  times+=" $stage $((SECONDS - begin)) s;"
+  stage=$* begin=$SECONDS
+  printf '\n== %s (%s)\n' "$*" "$(date +%T)"
+}
 jobs=$(nproc)
 
 build() {  # PRESET [CMake options…]
@@ -33,9 +38,9 @@ else
   tools/install_dependencies.sh --tests
   say "Demo model and texts"
   tools/demo_data.sh
-  # 6 GB of torch and its peers: the network brings them while the processors compile.
-  tools/python_env.sh --interop >build/python-interop.log 2>&1 &
-  peers=$!
+  # 6 GB of torch and its peers, and where CUDA is missing its compiler: the network brings them while the processors compile.
+  { tools/python_env.sh --interop && tools/cuda_toolkit.sh; } >build/downloads.log 2>&1 &
+  downloads=$!
   export QUANTMILL_REQUIRE_PYTHON=1  # a Python test that is skipped has failed
 fi
 
@@ -46,8 +51,9 @@ if ! $quick; then
   say "Layout and clang-tidy"
   tests/lint.sh
 
-  say "Sanitizers"
+  say "Sanitized build"
   build asan
+  say "Sanitized tests"
   # Seven ranks on two cores take minutes and show nothing that four do not; nor do repetitions of whole runs, and
   # programs this slow cannot be told from stalled ones (workers_layer_run runs the same code).
   test_in asan --label-regex quick --exclude-regex '\.np7$|^e2e_(same_bytes|layer_groups)$'
@@ -58,14 +64,20 @@ if ! $quick; then
   build/fuzz/tests/fuzz/fuzz_safetensors -max_total_time=20 -max_len=4096 -print_final_stats=1 \
     -dict=tests/fuzz/safetensors.dict build/fuzz/found tests/fuzz/corpus/*/ 2>&1 | tail -n 12
 
-  say "MPICH"
+  say "MPICH build"
   if grep -q 'VERSION_ID="24.04"' /etc/os-release; then
     echo "Skipped: the MPICH of Ubuntu 24.04 starts lone processes (bug 2072338 of its package)."
   else
     build mpich  # only what sees MPI differs from the CPU build; the rest comes from ccache
+    say "MPICH tests"
     # All tests that start ranks; the others are the CPU build's own programs.
     test_in mpich --label-regex quick --tests-regex '^(comm_|workers_|test_workers|e2e_)' --exclude-regex '\.np7$|\.tcp$'
   fi
+fi
+
+if ! $quick; then
+  say "Waiting for downloads"
+  wait $downloads || { cat build/downloads.log >&2; exit 1; }
 fi
 
 if $gpu || ! $quick; then
@@ -77,9 +89,9 @@ if $gpu || ! $quick; then
 fi
 
 say "Tests"
+echo "Stages before this one:${times%;}"  # ctest itself says how long this one takes
 if $quick; then
   test_in cpu --label-regex quick
 else
-  wait $peers || { cat build/python-interop.log >&2; exit 1; }
   test_in cpu
 fi
