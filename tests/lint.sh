@@ -7,7 +7,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 tools=build/python-lint
-requirements="clang-format==19.1.7 clang-tidy==19.1.0.1"
+requirements="clang-format==19.1.7 clang-tidy==22.1.8"
 if [ "$(cat $tools/requirements 2>/dev/null)" != "$requirements" ]; then
   echo "Installing $requirements into $tools" >&2
   python=python3

@@ -2,7 +2,6 @@
 // "unwind CODE" lets the exception pass the Control first, "late CODE" lets the others wait too long.
 #include <chrono>
 #include <cstdio>
-#include <cstdlib>
 #include <string>
 #include <thread>
 
@@ -23,7 +22,7 @@ void fail(Control& control, const std::string& how, ExitCode code) {
 
 int main(int, char** argv) {
     const std::string how = argv[1];
-    const auto code = static_cast<ExitCode>(std::atoi(argv[2]));
+    const auto code = static_cast<ExitCode>(std::stoi(argv[2]));
     const auto control = make_mpi_control({.timeout = how == "late" ? 1.0 : 30.0});
     try {
         if (how == "unwind") {

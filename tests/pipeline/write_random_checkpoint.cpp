@@ -2,10 +2,10 @@
 // must hold into DIR/expected, for the test with the official Python package.
 #include <fmt/format.h>
 
-#include <cstdlib>
 #include <filesystem>
 #include <nlohmann/json.hpp>
 #include <random>
+#include <string>
 
 #include "kernels/error.h"
 #include "pipeline/checkpoint_writer.h"
@@ -57,7 +57,7 @@ void write_checkpoint(const fs::path& directory, unsigned seed) {
 int main(int argc, char** argv) {
     if (argc != 3) return 2;
     try {
-        write_checkpoint(argv[1], static_cast<unsigned>(std::atoi(argv[2])));
+        write_checkpoint(argv[1], static_cast<unsigned>(std::stoul(argv[2])));
     } catch (const Error& error) {
         fmt::print(stderr, "{}\n", error.what());
         return static_cast<int>(error.code());
