@@ -21,7 +21,7 @@ if [ ${#steps[@]} -eq 0 ]; then steps=(build test memcheck racecheck initcheck b
 
 export QUANTMILL_REQUIRE_GPU=1
 unset OPENBLAS_CORETYPE OPENBLAS_L2_SIZE
-programs=(test_cuda_backend bench_cuda_{forward,hessian,cholesky,solver,pack,potrf})
+programs=(test_cuda_backend test_{elementwise,gptq_solve,refine,error_propagation} bench_cuda_{forward,hessian,cholesky,solver,pack,potrf})
 if [ -n "$binaries" ]; then
     export LD_LIBRARY_PATH=$PWD/$binaries:${LD_LIBRARY_PATH:-}
 fi
@@ -29,37 +29,34 @@ fi
 program() {
     if [ -n "$binaries" ]; then echo "$binaries/$1"; else find "$build" -name "$1" -type f -perm -u+x; fi
 }
-sanitize() {  # tool, tests, options: small shapes only, instrumented kernels are slow
-    compute-sanitizer --tool "$1" --error-exitcode 1 "${@:3}" "$(program test_cuda_backend)" \
-        --gtest_brief=1 --gtest_filter="$2"
+# Tests of small shapes (instrumented kernels are slow), "PROGRAM TEST" a line.
+small_tests() {
+    "$(program test_cuda_backend)" --gtest_list_tests \
+        --gtest_filter='-*several_panels*:Solve.agrees_with_the_cpu:*same_bytes*:Memory.out_of_memory*:Memory.a_limit*' |
+        awk -v p="$(program test_cuda_backend)" '/^[^ ]/ { suite = $1 } /^ / { print p, suite $1 }'
+    for name in test_{elementwise,gptq_solve,refine,error_propagation}; do
+        "$(program "$name")" --gtest_list_tests --gtest_filter='*/cuda' |
+            awk -v p="$(program "$name")" '/^[^ ]/ { suite = $1 } /^ / { print p, suite $1 }'
+    done
 }
-# All kernels must be watched, since ours read what cuBLASLt's write; only what ours read counts, since cuBLASLt's
-# read padding that nobody wrote.
-initcheck() {
-    local log=${TMPDIR:-/tmp}/initcheck.log
-    compute-sanitizer --tool initcheck --print-limit 100000 "$(program test_cuda_backend)" --gtest_brief=1 \
-        --gtest_filter="$small" >"$log" 2>&1 || true
-    tail -n 3 "$log"
-    if grep -A1 'Uninitialized __global__ memory read' "$log" | grep -m 5 '    at .*quantmill'; then return 1; fi
-    echo "initcheck: no kernel of ours read what nobody wrote"
-}
-# cuBLASLt's kernels synchronize in ways that racecheck does not see: only hazards in ours count. They also take
-# it long, so each test has a process of its own, several side by side.
-racecheck() {
-    local logs test
+# TOOL PATTERN option …: every small test in a process of its own, some side by side. Fails when a test does not end well or
+# the tool's words match PATTERN.
+sanitize() {
+    local tool=$1 pattern=$2 logs program test log
+    shift 2
     logs=$(mktemp -d)
-    "$(program test_cuda_backend)" --gtest_list_tests --gtest_filter="$small" |
-        awk '/^[^ ].*\.$/ { suite = $1 } /^ / { print suite $1 }' >"$logs/tests"
-    xargs -P 8 -I{} sh -c 'compute-sanitizer --tool racecheck --print-limit 100000 "$1" --gtest_brief=1 \
-        --gtest_filter="$2" >"$3/$2.log" 2>&1' _ "$(program test_cuda_backend)" {} "$logs" <"$logs/tests" || true
-    while read -r test; do
-        grep -q 'RACECHECK SUMMARY' "$logs/$test.log" && grep -q 'PASSED.* 1 test' "$logs/$test.log" ||
-            { echo "racecheck: $test did not end:"; tail -n 3 "$logs/$test.log"; return 1; }
+    small_tests >"$logs/tests"
+    TOOL="$tool $*" LOGS=$logs xargs -P "${QUANTMILL_CHECKS:-$(nproc)}" -L 1 bash -c \
+        'compute-sanitizer --tool $TOOL --print-limit 100000 "$0" --gtest_brief=1 --gtest_filter="$1" >"$LOGS/${1//\//_}.log" 2>&1' \
+        <"$logs/tests" || true
+    while read -r program test; do
+        log=$logs/${test//\//_}.log
+        grep -q 'SUMMARY' "$log" && grep -q 'PASSED.* 1 test' "$log" ||
+            { echo "$tool: $test of ${program##*/} did not end:"; tail -n 3 "$log"; return 1; }
     done <"$logs/tests"
-    if grep -h '  at .*quantmill\|in .*quantmill' "$logs"/*.log | sort | uniq -c | head -n 5 | grep .; then return 1; fi
-    echo "racecheck: $(wc -l <"$logs/tests") tests, no hazard in kernels of ours"
+    if grep -hE "$pattern" "$logs"/*.log | sort | uniq -c | head -n 5 | grep .; then return 1; fi
+    echo "$tool: $(wc -l <"$logs/tests") tests, nothing found"
 }
-small='-*several_panels*:Solve.agrees_with_the_cpu:*same_bytes*:Memory.out_of_memory*:Memory.a_limit*'
 
 for step in "${steps[@]}"; do
     echo "== $step"
@@ -70,13 +67,16 @@ for step in "${steps[@]}"; do
                     -DQUANTMILL_CUDA_ARCHITECTURES="${QUANTMILL_CUDA_ARCHITECTURES:-native}"
                 ninja -C "$build" "${programs[@]}"
             fi ;;
-        test) "$(program test_cuda_backend)" --gtest_brief=1 ;;
+        test)
+            for name in "${programs[@]:0:5}"; do "$(program "$name")" --gtest_brief=1; done ;;
         # Our own code checks what the API returns, and one test asks for a device that is not there.
-        memcheck) sanitize memcheck "$small" --report-api-errors no ;;
-        racecheck) racecheck ;;
-        initcheck) initcheck ;;
+        memcheck) sanitize memcheck 'Invalid __|out of bounds|Program hit' --report-api-errors no ;;
+        # cuBLASLt's kernels synchronize in ways that racecheck does not see: only hazards in ours count.
+        racecheck) sanitize racecheck '(at|in) .*quantmill' ;;
+        # cuBLASLt's kernels read padding that nobody wrote: only what ours read counts.
+        initcheck) sanitize initcheck ' at .*quantmill' ;;
         bench)
-            for name in "${programs[@]:1}"; do "$(program "$name")"; done ;;
+            for name in "${programs[@]:5}"; do "$(program "$name")"; done ;;
         *) echo "unknown step '$step'" >&2; exit 2 ;;
     esac
 done
