@@ -72,7 +72,6 @@ void HiddenStream::begin(std::size_t sweep) {
 
 // A micro-batch ahead, so that it travels beside the computation; where waiting for it would slow that down,
 // no sooner than it is needed.
-
 TensorView HiddenStream::take(std::size_t item) {
     if (item >= 2) settle(item - 2);
     if (!first_) {
