@@ -445,15 +445,19 @@ double forward_flops(const ModelGraph& graph, double attention, bool keeps_carri
 }
 
 // What activations that do not fit cost beside the forecast: operations that are repeated, and copies between
-// device and host as far as nothing hides them.
+// device and host as far as the passes over their own tokens do not hide them.
 void add_cost_of_activations(const PreparedJob& job, const Rates& rates, const Backend& backend, Plan& plan,
                              PlannedTime& time) {
     const double before = time.total();
     const bool true_sequential = job.spec.quantization.true_sequential;
     std::int64_t streamed = 0;  // tokens of the rank that keeps most on its host
+    double share = 0.0;         // of its tokens
     bool recomputes = false;    // some rank
     for (const PlannedRank& rank : plan.ranks) {
-        streamed = std::max(streamed, rank.tokens - rank.device_tokens);
+        if (const std::int64_t tokens = rank.tokens - rank.device_tokens; tokens > streamed) {
+            streamed = tokens;
+            share = static_cast<double>(tokens) / static_cast<double>(rank.tokens);
+        }
         recomputes = recomputes || rank.recomputes;
     }
     if (recomputes && true_sequential) {
@@ -468,7 +472,7 @@ void add_cost_of_activations(const PreparedJob& job, const Rates& rates, const B
                           static_cast<double>(size_of(backend.activation_dtype())) *
                           static_cast<double>(streamed_elements(job.graph, !recomputes && true_sequential,
                                                                 propagates_error(job)));
-    time.io += std::max(0.0, copied / kHostCopyBytesPerSecond - time.total());
+    time.io += std::max(0.0, copied / kHostCopyBytesPerSecond - share * (time.forward + time.hessian));
     plan.layers.seconds += time.total() - before;
 }
 
