@@ -73,9 +73,10 @@ struct Solution {
 constexpr double kBoundary = 1e-4;  // of a step
 constexpr double kTie = 1e-2;       // of fp16's last place: less than 1e-5 of the scale
 
+bool near_tie(double x, double tolerance) { return std::abs(x - std::floor(x) - 0.5) < tolerance; }
+
 // Rounds half to even, except that within `tolerance` of a tie the peer's choice counts: both are right
 // there, and every later value of the row depends on it.
-bool near_tie(double x, double tolerance) { return std::abs(x - std::floor(x) - 0.5) < tolerance; }
 double round_like(double x, double peer, double tolerance, std::size_t& adopted) {
     const double lower = std::floor(x);
     if (!near_tie(x, tolerance) || (peer != lower && peer != lower + 1)) return std::nearbyint(x);
@@ -172,6 +173,7 @@ public:
             if (losses_[i] < losses_[best_]) best_ = i;
             if (grids_[i].certain) least = std::min(least, losses_[i]);
         }
+        if (least == std::numeric_limits<double>::infinity()) least = losses_[best_];  // none is certain
         // What is left of a weight is known to an ulp or two of fp32 of the weight.
         double ulps = 0.0;
         for (std::size_t j = 0; settings.measure == Measure::weighted && j < x.size(); ++j) {
