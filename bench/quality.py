@@ -167,11 +167,11 @@ class Table:
     def time(self) -> None:
         """Repeats until each row and bit width has as many times as wanted."""
         timing = self.figures.setdefault("timing", [])
-        self.quantize("warm-up", self.arguments.rows[0], self.arguments.bits[0], 0, self.arguments.work / "timed")
+        checkpoint = self.arguments.work / "timed"
+        self.quantize("warm-up", self.arguments.rows[0], self.arguments.bits[0], 0, checkpoint)
         for row in self.arguments.rows:
             for bits in self.arguments.bits:
                 for _ in range(self.arguments.time - len(self.times(row, bits))):
-                    checkpoint = self.arguments.work / "timed"
                     shutil.rmtree(checkpoint, ignore_errors=True)
                     self.quantize("timed", row, bits, 0, checkpoint)
                     seconds = self.seconds("timed", row, checkpoint)

@@ -86,22 +86,23 @@ public:
 private:
     template <class NumeratorOf>
     void try_shrinks(const RangeLanes& range, const Shrinks& shrinks, NumeratorOf numerator_of) {
+        int numerators[kRows];
         GroupParameters parameters[kRows];
         for (std::int64_t r = 0; r < kRows; ++r) {
-            numerator_[r] = numerator_of(r);
+            numerators[r] = numerator_of(r);
             parameters[r] =
-                shrunk_parameters(range.low[r], range.high[r], shrinks.share(numerator_[r]), grid_);
+                shrunk_parameters(range.low[r], range.high[r], shrinks.share(numerators[r]), grid_);
         }
-        consider(parameters);
+        consider(parameters, numerators);
         if (!tries_twins(grid_)) return;
         for (std::int64_t r = 0; r < kRows; ++r) {
-            parameters[r] = twin_of(parameters[r], range.low[r], shrinks.share(numerator_[r]), grid_);
+            parameters[r] = twin_of(parameters[r], range.low[r], shrinks.share(numerators[r]), grid_);
         }
-        consider(parameters);
+        consider(parameters, numerators);
     }
 
     // Ties keep the earlier candidate.
-    void consider(const GroupParameters* parameters) {
+    void consider(const GroupParameters* parameters, const int* numerators) {
         const auto max_code = static_cast<float>(grid_.max_code());
         for (std::int64_t r = 0; r < kRows; ++r) {
             tried_.grid.scale[r] = to_float(parameters[r].scale);
@@ -119,7 +120,7 @@ private:
             least_[r] = tried_.loss[r];
             best_.scale[r] = tried_.grid.scale[r];
             best_.zero[r] = tried_.grid.zero[r];
-            best_numerator_[r] = numerator_[r];
+            best_numerator_[r] = numerators[r];
         }
     }
 
@@ -130,7 +131,7 @@ private:
     Candidate tried_{};
     float least_[kRows];
     GridLanes best_{};
-    int numerator_[kRows] = {}, best_numerator_[kRows] = {};
+    int best_numerator_[kRows] = {};
 };
 
 }  // namespace
