@@ -73,9 +73,7 @@ if ! $quick; then
     # All tests that start ranks; the others are the CPU build's own programs.
     test_in mpich --label-regex quick --tests-regex '^(comm_|workers_|test_workers|e2e_)' --exclude-regex '\.np7$|\.tcp$'
   fi
-fi
 
-if ! $quick; then
   say "Waiting for downloads"
   wait $downloads || { cat build/downloads.log >&2; exit 1; }
 fi
