@@ -10,6 +10,7 @@
 #include <nlohmann/json.hpp>
 
 #include "bench/synthetic_checkpoint.h"
+#include "kernels/cpu/process_environment.h"
 #include "kernels/make_backend.h"
 #include "pipeline/files.h"
 #include "pipeline/model_graph.h"
@@ -217,6 +218,7 @@ void run(const Options& options, Control& control) {
 }  // namespace
 
 int main(int argc, char** argv) {
+    settle_process_environment(argv);
     Options options;
     CLI::App app("Seconds a block of named shapes, through the real pipeline");
     app.add_option("--shape", options.model.shape, "tiny, llama-3-8b, llama-3-70b or qwen2.5-72b")

@@ -18,6 +18,7 @@
 #include <string>
 #include <vector>
 
+#include "kernels/cpu/process_environment.h"
 #include "kernels/make_backend.h"
 
 namespace quantmill::bench {
@@ -163,6 +164,7 @@ private:
 // Runs a benchmark's body; errors end the process with their message and exit code.
 template <class Body>
 int run_bench(int argc, char** argv, const std::string& description, Body body) {
+    settle_process_environment(argv);
     try {
         Bench bench(argc, argv, description);
         body(bench);

@@ -10,7 +10,7 @@
 
 #include "comm/control.h"
 #include "comm/launcher.h"
-#include "kernels/cpu/wait_policy.h"
+#include "kernels/cpu/process_environment.h"
 #include "workers/cli.h"
 #include "workers/compare.h"
 #include "workers/evaluate.h"
@@ -106,6 +106,6 @@ int main_of_rank(int argc, char** argv) {
 }  // namespace quantmill
 
 int main(int argc, char** argv) {
-    quantmill::let_threads_sleep(argv);
+    quantmill::settle_process_environment(argv);
     return quantmill::main_of_rank(argc, argv);
 }

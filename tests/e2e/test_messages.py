@@ -84,3 +84,17 @@ def test_live_line(job: Path) -> None:
     kept = [line.rpartition("\r\x1b[K")[2].rstrip("\r") for line in text.split("\n")]
     assert not any(line.startswith("block ") or " info\x1b[m block" in line for line in kept)
     assert any(line.startswith("linear ") for line in kept)
+
+
+def test_blas_kernels_fit_the_processor(quantmill: Run, job: Path) -> None:
+    """An OpenBLAS that does not know the processor chooses kernels without AVX2; the program chooses better ones, but not the user's."""
+
+    def kernels(**environment: str) -> str:
+        plan = quantmill("plan", job, "--no-measure", "--overwrite", environment=environment).stdout
+        found = re.search(r"\((\w+) kernels\)", plan)
+        assert found, plan
+        return found[1]
+
+    assert kernels(OPENBLAS_CORETYPE="Nehalem") == "Nehalem"
+    if {"avx2", "fma"} <= set(Path("/proc/cpuinfo").read_text().split()):
+        assert kernels() not in {"Prescott", "Nehalem", "Sandybridge"}
