@@ -142,6 +142,10 @@ TEST(JobSpec, EveryKeyReachesItsMember) {
     EXPECT_EQ(spec.quantization.sweeps, 3);
     EXPECT_EQ(spec.quantization.error_propagation_alpha, 0.0);
     EXPECT_EQ(parse(minimal, {"quantization.damp_percent=auto"}).quantization.damp_percent, std::nullopt);
+    // Words may be quoted, as JSON has them.
+    EXPECT_EQ(
+        parse(std::string(minimal) + "quantization: {damp_percent: \"auto\"}").quantization.damp_percent,
+        std::nullopt);
     EXPECT_EQ(spec.quantization.on_fallback, "error");
     EXPECT_EQ(spec.quantization.target_bits, std::nullopt);
     EXPECT_EQ(parse(minimal, {"quantization.target_bits=3.5"}).quantization.target_bits, 3.5);
