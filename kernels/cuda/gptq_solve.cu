@@ -12,7 +12,8 @@
 // One block of a solve, at most 128 columns, each at a place of 0 … 127 (SolveSlots). A warp owns 32
 // rows and walks the block in strips of 16 places: what the errors of earlier strips push onto a strip
 // comes from tensor cores (bf16 in two parts) or, where kExact, from fp32 sums of each thread; inside the
-// strip a thread walks its row in fp32.
+// strip a thread walks its row in fp32. Where scales are searched a row has a second thread, which tries
+// half of the candidates: shared memory holds too few rows for walkers alone to hide latency.
 namespace quantmill::cuda {
 namespace {
 
@@ -147,11 +148,31 @@ struct StripElements {
 
 // Not inlined: min-max grids, which do without it, shall not pay for its registers. Empty places hold 0,
 // which every grid holds.
-template <bool kExact>
-__device__ __noinline__ Grid search_strips(StripElements<kExact> elements, float low, float high,
+template <bool kExact, class Team>
+__device__ __noinline__ Grid search_strips(StripElements<kExact> elements, Team team, float low, float high,
                                            SolveGrid grid) {
-    return search_grid(elements, [](float sum) { return sum; }, low, high, grid);
+    return search_grid(elements, team, low, high, grid);
 }
+
+// The two threads of a row, the walker first; `board`: 2 · 4 floats of shared memory.
+template <int kRows>
+struct RowTeam {
+    static constexpr int kParts = 2;
+    float4* board;
+
+    __device__ int part() const { return threadIdx.x / kRows; }
+    __device__ float sum(float value) const { return value; }
+    __device__ Best agree(const Best& best) const {
+        board[part()] = make_float4(best.loss, best.parameters.scale, best.parameters.zero,
+                                    __int_as_float(best.numerator));
+        __syncthreads();
+        const float4 first = board[0];
+        const float4 second = board[1];
+        __syncthreads();
+        const float4 found = second.x < first.x ? second : first;
+        return {found.x, {found.y, found.z}, __float_as_int(found.w)};
+    }
+};
 
 template <int kRows, bool kExact>
 struct Walker {
@@ -255,11 +276,17 @@ struct Walker {
         store_errors<kExact>(pushes(strip), push);
     }
 
-    // The grid of a continued group of `count` strips.
+    // The grid of a continued group of `count` strips. Where it is searched both threads of each row call
+    // this; the walker's range counts.
     __device__ Grid choose_grid(int first, int count, float low, float high, const SolveGrid& grid) const {
         if (grid.search == ScaleSearch::minmax) return group_grid(low, high, grid);
+        auto* board = reinterpret_cast<float4*>(shared.stage[row]);
+        if (threadIdx.x < kRows) board[0] = make_float4(low, high, 0.0F, 0.0F);
+        __syncthreads();  // shows the walkers' ranges and errors
+        const float4 range = board[0];
+        __syncthreads();
         return search_strips<kExact>({weights(first), pushes(first), &shared.diagonal[first * kStrip], count},
-                                     low, high, grid);
+                                     RowTeam<kRows>{board}, range.x, range.y, grid);
     }
 
     // Quantizes a strip; grid_at(i): the grid of its place i. `continued`: the strip holds −z, what earlier
@@ -396,19 +423,21 @@ __device__ Walker<kRows, kExact> make_walker(const SolveRows& rows, const SolveB
     extern __shared__ __align__(16) unsigned char memory[];
     auto& shared = *reinterpret_cast<Shared<kRows>*>(memory);
     const std::int64_t first_row = static_cast<std::int64_t>(blockIdx.x) * kRows;
-    load_rows(shared.weights, rows.weights + block.first, rows.columns, rows.slots, block.width, vectors,
-              first_row, rows.rows);
-    load_rows(shared.pushes, block.pushes, block.ld_pushes, rows.slots, block.width, vectors, first_row,
-              rows.rows);
-    if constexpr (kExact) {
-        load_exact_factor(shared, rows, block);
-    } else {
-        load_factor_parts(shared, rows, block);
+    if (threadIdx.x < kRows) {
+        load_rows(shared.weights, rows.weights + block.first, rows.columns, rows.slots, block.width, vectors,
+                  first_row, rows.rows);
+        load_rows(shared.pushes, block.pushes, block.ld_pushes, rows.slots, block.width, vectors, first_row,
+                  rows.rows);
+        if constexpr (kExact) {
+            load_exact_factor(shared, rows, block);
+        } else {
+            load_factor_parts(shared, rows, block);
+        }
+        load_triangles(shared, rows, block);
+        wait_for_copies();
     }
-    load_triangles(shared, rows, block);
-    wait_for_copies();
     __syncthreads();
-    return {shared, static_cast<int>(threadIdx.x), static_cast<int>(threadIdx.x % 32)};
+    return {shared, static_cast<int>(threadIdx.x % kRows), static_cast<int>(threadIdx.x % 32)};
 }
 
 // The warp's errors into their columns.
@@ -470,15 +499,17 @@ __device__ void store_codes(std::uint8_t* destination, const std::uint8_t (&code
 
 // kGiven: scales and zeros are given, for each column those of any group.
 template <int kRows, bool kExact, bool kGiven>
-__global__ void __launch_bounds__(kRows) solve_block_kernel(SolveRows rows, SolveBlock block, bool vectors) {
+__global__ void __launch_bounds__(2 * kRows)
+    solve_block_kernel(SolveRows rows, SolveBlock block, bool vectors) {
     const auto walker = make_walker<kRows, kExact>(rows, block, vectors);
-    const std::int64_t row = static_cast<std::int64_t>(blockIdx.x) * kRows + threadIdx.x;
-    const bool mine = row < rows.rows;
+    const bool walks = threadIdx.x < kRows;
+    const std::int64_t row = static_cast<std::int64_t>(blockIdx.x) * kRows + walker.row;
+    const bool mine = walks && row < rows.rows;
     const auto max_code = static_cast<float>((1 << rows.grid.bits) - 1);
     const bool continued = !block.grid_known;
     float loss = 0.0F;
     int strips = 0;
-    for (int done = 0; done < block.width; done += rows.slots.piece) {
+    for (int done = 0; done < block.width; done += rows.slots.piece, strips += rows.slots.padded / kStrip) {
         const int first = strips;
         const int width = min(rows.slots.piece, block.width - done);
         const int count = (width + kStrip - 1) / kStrip;
@@ -487,7 +518,7 @@ __global__ void __launch_bounds__(kRows) solve_block_kernel(SolveRows rows, Solv
         if (continued) {
             float low = 0.0F;
             float high = 0.0F;
-            for (int s = 0; s < count; ++s) {
+            for (int s = 0; walks && s < count; ++s) {
                 walker.continue_strip(first + s, min(kStrip, width - s * kStrip), low, high);
             }
             grid = walker.choose_grid(first, count, low, high, rows.grid);
@@ -495,6 +526,7 @@ __global__ void __launch_bounds__(kRows) solve_block_kernel(SolveRows rows, Solv
         } else if (mine && !kGiven) {
             grid = load_grid(rows, row, group);
         }
+        if (!walks) continue;
         for (int s = 0; s < count; ++s) {
             const int strip_width = min(kStrip, width - s * kStrip);
             const auto grid_at = [&](int i) {
@@ -514,8 +546,8 @@ __global__ void __launch_bounds__(kRows) solve_block_kernel(SolveRows rows, Solv
             __syncwarp();
             for (int s = 0; s < count; ++s) walker.settle_strip(first + s);
         }
-        strips += rows.slots.padded / kStrip;
     }
+    if (!walks) return;
     if (mine) rows.loss[row] = block.first == 0 ? loss : rows.loss[row] + loss;
     if constexpr (kExact) {
         write_exact_errors(walker.shared, rows, block);
@@ -588,15 +620,14 @@ bool places_are_vectors(const SolveRows& rows, const SolveBlock& block) {
 }
 
 template <class Kernel, class... Rest>
-void launch(Kernel kernel, const char* name, int rows_per_block, std::size_t shared_bytes,
+void launch(Kernel kernel, const char* name, int rows_per_block, int threads, std::size_t shared_bytes,
             const SolveRows& rows, const SolveBlock& block, cudaStream_t stream, Rest... rest) {
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                static_cast<int>(shared_bytes)),
           "cudaFuncSetAttribute for a solve", {{"shared bytes", static_cast<long long>(shared_bytes)}});
     const dim3 grid(static_cast<unsigned>(divide_up(rows.rows, rows_per_block)));
-    kernel<<<grid, rows_per_block, shared_bytes, stream>>>(rows, block, places_are_vectors(rows, block),
-                                                           rest...);
-    check_launch(name, grid, rows_per_block);
+    kernel<<<grid, threads, shared_bytes, stream>>>(rows, block, places_are_vectors(rows, block), rest...);
+    check_launch(name, grid, threads);
 }
 
 bool shared_memory_holds(std::size_t bytes) {
@@ -621,11 +652,16 @@ void factor_slots(const float* factor, std::int64_t columns, const SolveSlots& s
 
 namespace {
 
+bool is_searched(const SolveRows& rows, const SolveBlock& block) {
+    return !block.grid_known && rows.grid.search != ScaleSearch::minmax;
+}
+
 template <int kRows, bool kGiven>
 void launch_block(const SolveRows& rows, const SolveBlock& block, cudaStream_t stream) {
     const auto kernel =
         rows.exact ? solve_block_kernel<kRows, true, kGiven> : solve_block_kernel<kRows, false, kGiven>;
-    launch(kernel, "solve_block_kernel", kRows, sizeof(Shared<kRows>), rows, block, stream);
+    const int threads = is_searched(rows, block) ? 2 * kRows : kRows;
+    launch(kernel, "solve_block_kernel", kRows, threads, sizeof(Shared<kRows>), rows, block, stream);
 }
 
 }  // namespace
@@ -641,7 +677,7 @@ void solve_block(const SolveRows& rows, const SolveBlock& block, cudaStream_t st
 
 void continue_block(const SolveRows& rows, const SolveBlock& block, void* ranges, cudaStream_t stream) {
     const auto kernel = rows.exact ? continue_block_kernel<32, true> : continue_block_kernel<32, false>;
-    launch(kernel, "continue_block_kernel", 32, sizeof(Shared<32>), rows, block, stream,
+    launch(kernel, "continue_block_kernel", 32, 32, sizeof(Shared<32>), rows, block, stream,
            static_cast<float2*>(ranges));
 }
 

@@ -93,9 +93,8 @@ constexpr float kIntegers = 0x1.8p23F;
 
 // Candidates and their losses. A code comes out of one multiplication that saturates, one that adds
 // kIntegers and a subtraction; products next to a tie may fall on its other side, where the loss is the same.
-template <Miss kMiss>
+template <Miss kMiss, int kCount>
 struct Candidates {
-    static constexpr int kCount = kMiss == Miss::power ? 10 : 9;
     float scale[kCount], share[kCount], offset[kCount], zero[kCount], loss[kCount];
     float max_code, unit;  // unit: a code's share of all
 
@@ -136,9 +135,8 @@ struct Candidates {
 // Scales with both signs of a symmetric grid, with L = 2^(b−1) steps on its longer side. They differ only
 // where a weight is nearest to ±L, so one loss is that of a grid with L steps on both sides; the sign that
 // has no code there pays (y − L + 1)² − (y − L)² = 2 (y − L + ½) steps² more, y > L − ½ the weight in steps.
-template <>
-struct Candidates<Miss::paired> {
-    static constexpr int kCount = 9;
+template <int kCount>
+struct Candidates<Miss::paired, kCount> {
     static constexpr float kRange = 0x1p20F;  // of steps, inside which sums of those payments are exact
     float scale[kCount], share[kCount], range_share[kCount], loss[kCount], above[kCount], below[kCount];
     float side, unit;  // L, and a step's share of both sides
@@ -184,52 +182,62 @@ struct Candidates<Miss::paired> {
     }
 };
 
+struct Best {
+    float loss;
+    Parameters parameters;
+    int numerator;  // of its share of the min-max scale
+};
+
 // The grid with the least loss of elements, the first of equals. elements.each(f) calls f(weight,
-// importance) for the thread's own; sum(x) adds over the threads that share a group.
-template <Miss kMiss, class Elements, class Sum>
-__device__ Grid least_grid(const Elements& elements, Sum sum, float low, float high, const SolveGrid& grid) {
-    using Few = Candidates<kMiss>;
+// importance) for the thread's own. Threads that search one grid are a team of Team::kParts parts, each with
+// a run of the candidates; team.sum(x) adds over the threads of a part, which share its elements, and
+// team.agree(best) returns the best of all parts.
+template <Miss kMiss, class Elements, class Team>
+__device__ Grid least_grid(const Elements& elements, const Team& team, float low, float high,
+                           const SolveGrid& grid) {
+    constexpr int kTried = kMiss == Miss::power ? 10 : (9 + Team::kParts - 1) / Team::kParts;
     const bool twins = kMiss != Miss::paired && (grid.sym ? grid.signed_scales : grid.bits == 2);
     const int variants = twins ? 2 : 1;
-    float least = __int_as_float(0x7F800000);
-    Parameters best{1.0F, 0.0F};
-    int best_numerator = 0;
+    Best best{__int_as_float(0x7F800000), {1.0F, 0.0F}, 0};
 #pragma unroll 1
     for (int stage = 0; stage < 2; ++stage) {
         const int count = (stage == 0 ? grid.shrinks.count : 2 * grid.shrinks.around) * variants;
-        const int coarse = best_numerator;
+        const int run = (count + Team::kParts - 1) / Team::kParts;
+        const int end = min((team.part() + 1) * run, count);
+        const int coarse = best.numerator;
 #pragma unroll 1
-        for (int first = 0; first < count; first += Few::kCount) {
-            Few tried(grid);
+        for (int first = team.part() * run; first < end; first += kTried) {
+            // Of candidate c, the last of the run again where there is none: it is no less than itself.
+            const auto index_of = [&](int c) { return min(first + c, end - 1); };
             const auto numerator_of = [&](int c) {
-                const int i = min(first + c, count - 1) / variants;  // the last again: no less than itself
+                const int i = index_of(c) / variants;
                 return stage == 0 ? grid.shrinks.coarse(i) : grid.shrinks.fine(coarse, i);
             };
+            Candidates<kMiss, kTried> tried(grid);
 #pragma unroll
-            for (int c = 0; c < Few::kCount; ++c) {
+            for (int c = 0; c < kTried; ++c) {
                 const float shrink = grid.shrinks.share(numerator_of(c));
                 Parameters own = shrunk_parameters(low, high, shrink, grid);
-                if (min(first + c, count - 1) % variants == 1) own = twin_of(own, low, shrink, grid);
+                if (index_of(c) % variants == 1) own = twin_of(own, low, shrink, grid);
                 tried.set(c, own);
             }
             elements.each([&](float weight, float importance) { tried.add(weight, importance); });
-            tried.sum_up(sum);
+            tried.sum_up([&](float loss) { return team.sum(loss); });
             tried.each([&](int c, float loss, Parameters own) {
-                if (!(loss < least)) return;
-                least = loss;
-                best = own;
-                best_numerator = numerator_of(c);
+                if (loss < best.loss) best = {loss, own, numerator_of(c)};
             });
         }
+        best = team.agree(best);
     }
-    return make_grid(best.scale, best.zero);
+    return make_grid(best.parameters.scale, best.parameters.zero);
 }
 
-template <class Elements, class Sum>
-__device__ Grid search_grid(const Elements& elements, Sum sum, float low, float high, const SolveGrid& grid) {
-    if (grid.search == ScaleSearch::mse) return least_grid<Miss::power>(elements, sum, low, high, grid);
-    if (grid.signed_scales) return least_grid<Miss::paired>(elements, sum, low, high, grid);
-    return least_grid<Miss::squared>(elements, sum, low, high, grid);
+template <class Elements, class Team>
+__device__ Grid search_grid(const Elements& elements, const Team& team, float low, float high,
+                            const SolveGrid& grid) {
+    if (grid.search == ScaleSearch::mse) return least_grid<Miss::power>(elements, team, low, high, grid);
+    if (grid.signed_scales) return least_grid<Miss::paired>(elements, team, low, high, grid);
+    return least_grid<Miss::squared>(elements, team, low, high, grid);
 }
 
 }  // namespace quantmill::cuda

@@ -20,6 +20,16 @@ __device__ float over_warp(float value, Combine combine) {
     return value;
 }
 
+// A warp searches a grid by itself.
+struct Warp {
+    static constexpr int kParts = 1;
+    __device__ int part() const { return 0; }
+    __device__ float sum(float value) const {
+        return over_warp(value, [](float a, float b) { return a + b; });
+    }
+    __device__ Best agree(const Best& best) const { return best; }
+};
+
 // The lane's weights of columns [first, last) of a row. `pushed`: S = w + z, whose −z stands in the errors.
 struct RowElements {
     const SolveRows& rows;
@@ -64,10 +74,9 @@ __global__ void choose_grids_kernel(SolveRows rows, std::int64_t first_group, st
         range.x = over_warp(range.x, [](float a, float b) { return fminf(a, b); });
         range.y = over_warp(range.y, [](float a, float b) { return fmaxf(a, b); });
     }
-    const auto sum = [](float value) { return over_warp(value, [](float a, float b) { return a + b; }); };
     const Grid grid = rows.grid.search == ScaleSearch::minmax
                           ? group_grid(range.x, range.y, rows.grid)
-                          : search_grid(elements, sum, range.x, range.y, rows.grid);
+                          : search_grid(elements, Warp{}, range.x, range.y, rows.grid);
     if (threadIdx.x % 32 == 0) store_grid(rows, row, group, grid);
 }
 
