@@ -270,5 +270,38 @@ TEST_F(Solve, zero_weights_stay_zero) {
     }
 }
 
+// Each kind of launch once and small: what racecheck sees (tools/gpu_check.sh), which takes seconds a launch.
+struct Kind {
+    const char* name;
+    std::int64_t columns;  // up to 2048 products are fp32's
+    QuantizationGrid grid;
+    bool is_static;
+};
+class OneSolve : public Solve, public ::testing::WithParamInterface<Kind> {};
+
+TEST_P(OneSolve, agrees_with_the_cpu) {
+    const Kind& kind = GetParam();
+    Problem p = make(70, kind.columns);
+    p.cuda_factor = p.cpu_factor;
+    if (kind.is_static) {
+        compare(p, kind.grid, solve_static(cpu(), p, kind.grid), solve_static(cuda(), p, kind.grid));
+    } else {
+        expect_agreement(p, kind.grid);
+    }
+}
+
+constexpr ScaleSearch kHessian = ScaleSearch::hessian;
+INSTANTIATE_TEST_SUITE_P(
+    Kinds, OneSolve,
+    ::testing::Values(Kind{"minmax", 200, {4, 64, true}, false},
+                      Kind{"searched", 200, {3, 64, true, kHessian, true, true}, false},
+                      Kind{"mse", 200, {4, 48, false, ScaleSearch::mse}, false},
+                      Kind{"wide_groups", 300, {4, 200, true, kHessian, true}, false},
+                      Kind{"given", 200, {4, 64, true, kHessian, true}, true},
+                      Kind{"tensor_cores", 2176, {4, 128, true}, false},
+                      Kind{"tensor_cores_searched", 2176, {4, 128, true, kHessian, true}, false},
+                      Kind{"tensor_cores_wide_groups", 2176, {4, 1024, false, kHessian}, false}),
+    [](const ::testing::TestParamInfo<Kind>& kind) { return std::string(kind.param.name); });
+
 }  // namespace
 }  // namespace quantmill::testing
