@@ -17,8 +17,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 Record = dict[str, Any]
 UNIFORM = (2, 3, 4, 8)
 
@@ -27,16 +25,13 @@ def quantize(arguments: argparse.Namespace, name: str, changes: list[str]) -> Re
     """Runs one configuration and returns its figures."""
     output = arguments.work / name.replace(" ", "-")
     job = arguments.work / "job.yaml"
-    job.write_text(
-        yaml.safe_dump(
-            {
-                "model": str(arguments.model.resolve()),
-                "output": {"directory": str(output)},
-                "calibration": {"tokens": str(arguments.calibration.resolve())},
-                "quantization": {"group_size": arguments.group_size},
-            }
-        )
-    )
+    spec = {
+        "model": str(arguments.model.resolve()),
+        "output": {"directory": str(output.resolve())},
+        "calibration": {"tokens": str(arguments.calibration.resolve())},
+        "quantization": {"group_size": arguments.group_size},
+    }
+    job.write_text(json.dumps(spec))  # JSON is YAML
     settings = [word for change in [*changes, *arguments.set] for word in ("--set", change)]
     subprocess.run([arguments.quantmill, "run", job, "--overwrite", *settings], check=True)
     report = json.loads((output / "report.json").read_text())

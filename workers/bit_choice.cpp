@@ -152,13 +152,18 @@ QuantizationScheme BitChoiceMaker::choose(const std::vector<std::vector<LinearRe
         }
     }
     std::vector<std::vector<BitOption>> options;
+    std::vector<std::size_t> kinds;
     for (const Group& group : groups_) {
         const std::string& name = graph_.stages[group.stage].group.name;
+        kinds.push_back(group.stage);
         std::vector<BitOption>& own = options.emplace_back();
         for (const int bits : group.bits) {
             own.push_back({bits, stored_bits(group, bits), losses.at({group.block, name}).at(bits)});
-            report.uniform_loss[bits] += own.back().loss;
         }
+    }
+    raise_to_medians(options, kinds);
+    for (const std::vector<BitOption>& own : options) {
+        for (const BitOption& option : own) report.uniform_loss[option.bits] += option.loss;
     }
     const std::vector<std::size_t> choice = choose_options(options, budget());
     std::vector<int> bits;
