@@ -45,15 +45,24 @@ double wait_timeout() {
     return seconds;
 }
 
-bool under_launcher() {
-    if (is_set("OMPI_COMM_WORLD_SIZE")) return true;            // Open MPI's mpirun
-    if (is_set("PMI_RANK") && is_set("PMI_SIZE")) return true;  // MPICH's, Intel's; srun --mpi=pmi2
-    if (is_set("PMIX_RANK")) return true;                       // srun --mpi=pmix, prterun
-    // srun without any of these. A batch script, and a shell in an allocation, are not "under srun"
-    // although they see SLURM_NTASKS and SLURM_PROCID: only a step has SLURM_STEP_NUM_TASKS, and the
-    // step of an interactive shell has one task.
-    return is_set("SLURM_PROCID") && environment_number("SLURM_STEP_NUM_TASKS").value_or(1) > 1;
+namespace {
+
+bool has_process_interface() {
+    return is_set("OMPI_COMM_WORLD_SIZE") ||              // Open MPI's mpirun
+           (is_set("PMI_RANK") && is_set("PMI_SIZE")) ||  // MPICH's, Intel's; srun --mpi=pmi2
+           is_set("PMIX_RANK");                           // srun --mpi=pmix, prterun
 }
+
+}  // namespace
+
+bool srun_without_process_interface() {
+    // A batch script, and a shell in an allocation, are not "under srun" although they see SLURM_NTASKS and
+    // SLURM_PROCID: only a step has SLURM_STEP_NUM_TASKS, and the step of an interactive shell has one task.
+    return !has_process_interface() && is_set("SLURM_PROCID") &&
+           environment_number("SLURM_STEP_NUM_TASKS").value_or(1) > 1;
+}
+
+bool under_launcher() { return has_process_interface() || srun_without_process_interface(); }
 
 std::optional<LaunchedProcesses> launched_processes(bool whole_allocation) {
     // Nearest launcher first: mpirun may start fewer ranks than the allocation has tasks.

@@ -21,6 +21,10 @@ std::optional<LaunchedProcesses> launched_processes(bool whole_allocation);
 // The rank that the launcher says this process will be, before MPI says so; 0 of a lone process.
 int launched_rank();
 
+// Whether srun started this process and others without that by which MPI libraries find each other (PMI,
+// PMIx).
+bool srun_without_process_interface();
+
 // Throws BadInput with the remedy when the launcher started more processes than the world holds.
 void require_launched_processes_in_world(int world_size, bool whole_allocation);
 

@@ -118,6 +118,10 @@ void initialise_mpi() {
     int initialised = 0;
     check_start(MPI_Initialized(&initialised), "MPI_Initialized");
     if (initialised != 0) return;
+#ifdef OPEN_MPI
+    // It would end each of them itself, with other advice than ours.
+    if (srun_without_process_interface()) require_launched_processes_in_world(1, false);
+#endif
     int provided = MPI_THREAD_SINGLE;
     check_start(MPI_Init_thread(nullptr, nullptr, MPI_THREAD_MULTIPLE, &provided), "MPI_Init_thread");
     if (provided < MPI_THREAD_FUNNELED) {

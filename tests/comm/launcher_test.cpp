@@ -71,12 +71,17 @@ TEST_F(Launcher, SlurmStep) {
          {"SLURM_STEP_NUM_TASKS", "4"},
          {"SLURM_NTASKS", "8"}});
     EXPECT_TRUE(under_launcher());
+    EXPECT_TRUE(srun_without_process_interface());
     EXPECT_NE(refusal(false).find("SLURM_STEP_NUM_TASKS=4"), std::string::npos);
+    set({{"PMIX_RANK", "1"}});
+    EXPECT_TRUE(under_launcher());
+    EXPECT_FALSE(srun_without_process_interface());
 }
 
 TEST_F(Launcher, BatchScriptIsNoLauncher) {
     set({{"SLURM_PROCID", "0"}, {"SLURM_NTASKS", "4"}});
     EXPECT_FALSE(under_launcher());
+    EXPECT_FALSE(srun_without_process_interface());
     EXPECT_EQ(refusal(false), "");  // plan and inspect run alone there
     EXPECT_NE(refusal(true).find("SLURM_NTASKS=4"), std::string::npos);
     EXPECT_NE(refusal(true).find("--ntasks=1"), std::string::npos);

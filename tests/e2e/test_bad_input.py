@@ -394,6 +394,8 @@ def test_disk_that_fills_up(quantmill: Run, inputs: Inputs, mount: Callable[[str
 def test_lone_processes(quantmill: Run, inputs: Inputs) -> None:
     for command in (["run", inputs.job], ["eval", "--model", inputs.model, "--tokens", inputs.store]):
         check(quantmill(*command, code=2, environment={"SLURM_NTASKS": "4"}), ["SLURM_NTASKS=4", "--mpi=pmix"])
+        step = {"SLURM_NTASKS": "8", "SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "1"}
+        check(quantmill(*command, code=2, environment=step), ["SLURM_STEP_NUM_TASKS=4", "--mpi=pmix"])
     assert not inputs.output.exists()
 
 
