@@ -337,23 +337,17 @@ Row list_row(std::string_view path, std::string values, std::string meaning) {
 
 std::vector<Row> output_rows() {
     return {
-        required(row(
-            "model", path_kind(), "Hugging Face checkpoint directory",
-            [](auto& s) -> auto& { return s.model; })),
-        required(row(
-            "output.directory", path_kind(), "where the quantized checkpoint goes",
-            [](auto& s) -> auto& { return s.output.directory; })),
-        row(
-            "output.format", word_kind({"gptq", "gptq_v2"}), "how zero points are stored",
+        required(row("model", path_kind(), "Hugging Face checkpoint directory",
+                     [](auto& s) -> auto& { return s.model; })),
+        required(row("output.directory", path_kind(), "where the quantized checkpoint goes",
+                     [](auto& s) -> auto& { return s.output.directory; })),
+        row("output.format", word_kind({"gptq", "gptq_v2"}), "how zero points are stored",
             [](auto& s) -> auto& { return s.output.format; }),
-        row(
-            "output.max_shard_size", size_kind(), "largest safetensors file",
+        row("output.max_shard_size", size_kind(), "largest safetensors file",
             [](auto& s) -> auto& { return s.output.max_shard_size; }),
-        row(
-            "output.serve.tensor_parallel", count_kind(), "GPUs that will share the model when it is served",
+        row("output.serve.tensor_parallel", count_kind(), "GPUs that will share the model when it is served",
             [](auto& s) -> auto& { return s.output.tensor_parallel; }),
-        row(
-            "output.allow_unservable", bool_kind(), "quantize although common servers cannot load the result",
+        row("output.allow_unservable", bool_kind(), "quantize although common servers cannot load the result",
             [](auto& s) -> auto& { return s.output.allow_unservable; }),
         list_row(outputs_key, "list of {directory, …, quantization}",
                  "several checkpoints instead of output, each with changes to quantization"),
@@ -362,23 +356,18 @@ std::vector<Row> output_rows() {
 
 std::vector<Row> calibration_rows() {
     return {
-        required(row(
-            "calibration.tokens", path_kind(), "HDF5 store of token sequences, from tools/calibrate.py",
-            [](auto& s) -> auto& { return s.calibration.tokens; })),
-        row(
-            "calibration.sequences", count_or_kind("all"), "use the first that many sequences",
+        required(row("calibration.tokens", path_kind(),
+                     "HDF5 store of token sequences, from tools/calibrate.py",
+                     [](auto& s) -> auto& { return s.calibration.tokens; })),
+        row("calibration.sequences", count_or_kind("all"), "use the first that many sequences",
             [](auto& s) -> auto& { return s.calibration.sequences; }),
-        row(
-            "calibration.sequence_length", count_or_kind("store"), "cut longer sequences to this many tokens",
+        row("calibration.sequence_length", count_or_kind("store"), "cut longer sequences to this many tokens",
             [](auto& s) -> auto& { return s.calibration.sequence_length; }),
-        row(
-            "calibration.allow_tokenizer_mismatch", bool_kind(), "accept a store made with another tokenizer",
+        row("calibration.allow_tokenizer_mismatch", bool_kind(), "accept a store made with another tokenizer",
             [](auto& s) -> auto& { return s.calibration.allow_tokenizer_mismatch; }),
-        row(
-            "calibration.save_hessians", optional_path_kind(), "keep the Hessians in this directory",
+        row("calibration.save_hessians", optional_path_kind(), "keep the Hessians in this directory",
             [](auto& s) -> auto& { return s.calibration.save_hessians; }),
-        row(
-            "calibration.hessians", optional_path_kind(),
+        row("calibration.hessians", optional_path_kind(),
             "take the Hessians from this directory instead of running the model",
             [](auto& s) -> auto& { return s.calibration.hessians; }),
     };
@@ -389,82 +378,64 @@ const std::vector<std::int64_t> allowed_group_sizes{-1, 16, 32, 64, 128, 256, 51
 
 std::vector<Row> quantization_rows() {
     return {
-        row(
-            "quantization.bits", one_of_kind<int>(allowed_bits), "bits a weight",
+        row("quantization.bits", one_of_kind<int>(allowed_bits), "bits a weight",
             [](auto& s) -> auto& { return s.quantization.bits; }),
-        row(
-            "quantization.group_size", one_of_kind<std::int64_t>(allowed_group_sizes),
+        row("quantization.group_size", one_of_kind<std::int64_t>(allowed_group_sizes),
             "weights of a row that share one scale; -1: the whole row",
             [](auto& s) -> auto& { return s.quantization.group_size; }),
-        row(
-            "quantization.sym", bool_kind(), "zero point in the middle of the range",
+        row("quantization.sym", bool_kind(), "zero point in the middle of the range",
             [](auto& s) -> auto& { return s.quantization.sym; }),
-        row(
-            "quantization.desc_act", bool_kind(), "columns with large activations first (act-order)",
+        row("quantization.desc_act", bool_kind(), "columns with large activations first (act-order)",
             [](auto& s) -> auto& { return s.quantization.desc_act; }),
-        row(
-            "quantization.damp_percent", fraction_or_auto_kind(),
+        row("quantization.damp_percent", fraction_or_auto_kind(),
             "damping, as a share of the Hessian's mean diagonal",
             [](auto& s) -> auto& { return s.quantization.damp_percent; }),
-        row(
-            "quantization.damp_auto_increment", fraction_kind(),
+        row("quantization.damp_auto_increment", fraction_kind(),
             "added to the damping when a factorization fails",
             [](auto& s) -> auto& { return s.quantization.damp_auto_increment; }),
-        row(
-            "quantization.true_sequential", bool_kind(),
+        row("quantization.true_sequential", bool_kind(),
             "later linears of a block see the error of earlier ones",
             [](auto& s) -> auto& { return s.quantization.true_sequential; }),
-        row(
-            "quantization.propagate", word_kind({"quantized", "original"}),
+        row("quantization.propagate", word_kind({"quantized", "original"}),
             "what feeds a block's Hessians: the quantized blocks before it, or the original ones",
             [](auto& s) -> auto& { return s.quantization.propagate; }),
-        row(
-            "quantization.preset", word_kind(preset_names()),
+        row("quantization.preset", word_kind(preset_names()),
             "decides the keys below it that are not set themselves",
             [](auto& s) -> auto& { return s.quantization.preset; }),
-        decided(row(
-            "quantization.act_group_aware", bool_kind(),
-            "columns with large activations first, inside groups; g_idx stays sorted (GAR)",
-            [](auto& s) -> auto& { return s.quantization.act_group_aware; })),
-        decided(row(
-            "quantization.static_groups", bool_kind(),
-            "scales come from the original weights; with desc_act g_idx stays sorted",
-            [](auto& s) -> auto& { return s.quantization.static_groups; })),
-        decided(row(
-            "quantization.scale_search", word_kind({"minmax", "mse", "hessian"}),
-            "how a group's scale is chosen", [](auto& s) -> auto& { return s.quantization.scale_search; })),
-        decided(row(
-            "quantization.signed_scales", bool_kind(),
-            "a scale may be negative, where that suits a group's larger extreme",
-            [](auto& s) -> auto& { return s.quantization.signed_scales; })),
-        decided(row(
-            "quantization.scale_rounding", word_kind({"auto", "fp16", "bf16"}),
-            "what scales are rounded to before they are used",
-            [](auto& s) -> auto& { return s.quantization.scale_rounding; })),
-        decided(row(
-            "quantization.refit", bool_kind(), "fit the scales of a row anew when its codes are known",
-            [](auto& s) -> auto& { return s.quantization.refit; })),
-        decided(row(
-            "quantization.sweeps", up_to_kind(8), "passes that improve one code at a time after the solve",
-            [](auto& s) -> auto& { return s.quantization.sweeps; })),
-        decided(row(
-            "quantization.error_propagation_alpha", share_kind(),
-            "how much of the error of earlier blocks a linear makes up for",
-            [](auto& s) -> auto& { return s.quantization.error_propagation_alpha; })),
-        row(
-            "quantization.on_fallback", word_kind({"report", "error"}),
+        decided(row("quantization.act_group_aware", bool_kind(),
+                    "columns with large activations first, inside groups; g_idx stays sorted (GAR)",
+                    [](auto& s) -> auto& { return s.quantization.act_group_aware; })),
+        decided(row("quantization.static_groups", bool_kind(),
+                    "scales come from the original weights; with desc_act g_idx stays sorted",
+                    [](auto& s) -> auto& { return s.quantization.static_groups; })),
+        decided(row("quantization.scale_search", word_kind({"minmax", "mse", "hessian"}),
+                    "how a group's scale is chosen",
+                    [](auto& s) -> auto& { return s.quantization.scale_search; })),
+        decided(row("quantization.signed_scales", bool_kind(),
+                    "a scale may be negative, where that suits a group's larger extreme",
+                    [](auto& s) -> auto& { return s.quantization.signed_scales; })),
+        decided(row("quantization.scale_rounding", word_kind({"auto", "fp16", "bf16"}),
+                    "what scales are rounded to before they are used",
+                    [](auto& s) -> auto& { return s.quantization.scale_rounding; })),
+        decided(row("quantization.refit", bool_kind(),
+                    "fit the scales of a row anew when its codes are known",
+                    [](auto& s) -> auto& { return s.quantization.refit; })),
+        decided(row("quantization.sweeps", up_to_kind(8),
+                    "passes that improve one code at a time after the solve",
+                    [](auto& s) -> auto& { return s.quantization.sweeps; })),
+        decided(row("quantization.error_propagation_alpha", share_kind(),
+                    "how much of the error of earlier blocks a linear makes up for",
+                    [](auto& s) -> auto& { return s.quantization.error_propagation_alpha; })),
+        row("quantization.on_fallback", word_kind({"report", "error"}),
             "what happens when a linear cannot have GPTQ as it was asked for",
             [](auto& s) -> auto& { return s.quantization.on_fallback; }),
-        row(
-            "quantization.target_bits", bits_or_none_kind(),
+        row("quantization.target_bits", bits_or_none_kind(),
             "choose bits for each linear so that a weight takes that many on average, all overhead counted",
             [](auto& s) -> auto& { return s.quantization.target_bits; }),
-        row(
-            "quantization.lm_head.bits", one_of_or_kind<int>(allowed_bits, "none"),
+        row("quantization.lm_head.bits", one_of_or_kind<int>(allowed_bits, "none"),
             "quantize lm_head too, with that many bits a weight",
             [](auto& s) -> auto& { return s.quantization.lm_head_bits; }),
-        row(
-            "quantization.lm_head.group_size", one_of_or_kind<std::int64_t>(allowed_group_sizes, "same"),
+        row("quantization.lm_head.group_size", one_of_or_kind<std::int64_t>(allowed_group_sizes, "same"),
             "of lm_head; same: as quantization.group_size",
             [](auto& s) -> auto& { return s.quantization.lm_head_group_size; }),
         list_row(overrides_key, "list of {match, skip | bits, …}",
@@ -474,24 +445,18 @@ std::vector<Row> quantization_rows() {
 
 std::vector<Row> compute_rows() {
     return {
-        row(
-            "compute.backend", word_kind({"auto", "cpu", "cuda"}), "what computes",
+        row("compute.backend", word_kind({"auto", "cpu", "cuda"}), "what computes",
             [](auto& s) -> auto& { return s.compute.backend; }),
-        row(
-            "compute.communicator", word_kind({"auto", "mpi", "nccl"}), "what carries tensors between ranks",
+        row("compute.communicator", word_kind({"auto", "mpi", "nccl"}), "what carries tensors between ranks",
             [](auto& s) -> auto& { return s.compute.communicator; }),
-        row(
-            "compute.device_memory", size_or_kind("free"), "most memory that a rank may take of its GPU",
+        row("compute.device_memory", size_or_kind("free"), "most memory that a rank may take of its GPU",
             [](auto& s) -> auto& { return s.compute.device_memory; }),
-        row(
-            "compute.activations", word_kind({"auto", "stream", "recompute"}),
+        row("compute.activations", word_kind({"auto", "stream", "recompute"}),
             "what happens to activations that do not fit in memory",
             [](auto& s) -> auto& { return s.compute.activations; }),
-        row(
-            "compute.layer_groups", count_or_kind("auto"), "groups that the ranks form",
+        row("compute.layer_groups", count_or_kind("auto"), "groups that the ranks form",
             [](auto& s) -> auto& { return s.compute.layer_groups; }),
-        row(
-            "compute.stall_timeout", duration_kind(),
+        row("compute.stall_timeout", duration_kind(),
             "a rank that gives no sign of life for so long ends the job",
             [](auto& s) -> auto& { return s.compute.stall_timeout; }),
     };
