@@ -276,6 +276,7 @@ struct Kind {
     std::int64_t columns;  // up to 2048 products are fp32's
     QuantizationGrid grid;
     bool is_static;
+    friend void PrintTo(const Kind& kind, std::ostream* out) { *out << kind.name; }
 };
 class OneSolve : public Solve, public ::testing::WithParamInterface<Kind> {};
 
