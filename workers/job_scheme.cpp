@@ -3,6 +3,7 @@
 #include <fmt/ranges.h>
 
 #include <algorithm>
+#include <string_view>
 
 #include "jobs/module_pattern.h"
 #include "kernels/error.h"
@@ -10,6 +11,12 @@
 
 namespace quantmill {
 namespace {
+
+// For a match that was hardly meant as a glob.
+std::string_view regex_advice(const std::string& match) {
+    if (match.starts_with("re:") || match.find_first_of("\\()|+^$") == std::string::npos) return "";
+    return "; a regular expression is written behind re:";
+}
 
 class Rules {
 public:
@@ -50,9 +57,8 @@ public:
             if (!matched_[i])
                 throw BadInput(
                     "{}: quantization.overrides: match: {} matches no linear of a block; it must match a "
-                    "whole "
-                    "name, such as {}",
-                    rules_[i].place, rules_[i].match, example);
+                    "whole name, such as {}{}",
+                    rules_[i].place, rules_[i].match, example, regex_advice(rules_[i].match));
             throw BadInput(
                 "{}: quantization.overrides: match: {} decides about no linear: all that it matches are "
                 "matched "

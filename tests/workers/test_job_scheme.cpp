@@ -59,6 +59,8 @@ TEST_F(JobScheme, RulesThatDoNothingOrSplitAreRefused) {
             {"job.yaml:6: quantization.overrides: match: layers.0.*", "matches no linear",
              "model.layers.0.self_attn.q_proj"});
     refuses("    - {match: lm_head, bits: 8}\n", {"job.yaml:6", "matches no linear"});
+    refuses("    - {match: '.*[.](q|k|v)_proj', bits: 8}\n",
+            {"matches no linear", "a regular expression is written behind re:"});
     refuses("    - {match: '*', bits: 8}\n    - {match: '*o_proj', skip: true}\n",
             {"job.yaml:7", "decides about no linear", "earlier rules"});
     refuses("    - {match: '*.q_proj', bits: 8}\n",
