@@ -25,6 +25,12 @@ std::optional<int> environment_number(const char* variable) {
 
 bool is_set(const char* variable) { return std::getenv(variable) != nullptr; }
 
+bool has_process_interface() {
+    return is_set("OMPI_COMM_WORLD_SIZE") ||              // Open MPI's mpirun
+           (is_set("PMI_RANK") && is_set("PMI_SIZE")) ||  // MPICH's, Intel's; srun --mpi=pmi2
+           is_set("PMIX_RANK");                           // srun --mpi=pmix, prterun
+}
+
 }  // namespace
 
 std::string host_name() {
@@ -44,16 +50,6 @@ double wait_timeout() {
     }
     return seconds;
 }
-
-namespace {
-
-bool has_process_interface() {
-    return is_set("OMPI_COMM_WORLD_SIZE") ||              // Open MPI's mpirun
-           (is_set("PMI_RANK") && is_set("PMI_SIZE")) ||  // MPICH's, Intel's; srun --mpi=pmi2
-           is_set("PMIX_RANK");                           // srun --mpi=pmix, prterun
-}
-
-}  // namespace
 
 bool srun_without_process_interface() {
     // A batch script, and a shell in an allocation, are not "under srun" although they see SLURM_NTASKS and

@@ -126,38 +126,24 @@ Kind<Integer> one_of_kind(std::vector<Integer> numbers) {
             [](Integer number) { return std::to_string(number); }};
 }
 
-// One of some numbers, or `word` for none.
-template <class Integer>
-Kind<std::optional<Integer>> one_of_or_kind(std::vector<Integer> numbers, const std::string& word) {
-    const Kind<Integer> kind = one_of_kind<Integer>(std::move(numbers));
-    return {
-        fmt::format("{} | {}", kind.values, word),
-        [kind, word](const Value& value) -> std::optional<Integer> {
-            if (value.text == word) return std::nullopt;
-            return kind.read(value);
-        },
-        [kind, word](const std::optional<Integer>& number) { return number ? kind.write(*number) : word; }};
-}
-
-std::int64_t read_count(const Value& value) {
-    const auto count = read_number<std::int64_t>(value, "a whole number");
-    if (count < 1) value.refuse("is not allowed");
-    return count;
+// A value, or `word` for none.
+template <class T>
+Kind<std::optional<T>> or_word(const Kind<T>& kind, const std::string& word) {
+    return {fmt::format("{} | {}", kind.values, word),
+            [kind, word](const Value& value) -> std::optional<T> {
+                if (value.text == word) return std::nullopt;
+                return kind.read(value);
+            },
+            [kind, word](const std::optional<T>& found) { return found ? kind.write(*found) : word; }};
 }
 
 Kind<std::int64_t> count_kind() {
-    return {"whole number >= 1", read_count, [](std::int64_t count) { return std::to_string(count); }};
-}
-
-// A count, or a word that stands for what the calibration store holds.
-Kind<std::optional<std::int64_t>> count_or_kind(const std::string& word) {
-    const auto read = [word](const Value& value) -> std::optional<std::int64_t> {
-        if (value.text == word) return std::nullopt;
-        return read_count(value);
+    const auto read = [](const Value& value) {
+        const auto count = read_number<std::int64_t>(value, "a whole number");
+        if (count < 1) value.refuse("is not allowed");
+        return count;
     };
-    return {"whole number >= 1 | " + word, read, [word](const std::optional<std::int64_t>& count) {
-                return count ? std::to_string(*count) : word;
-            }};
+    return {"whole number >= 1", read, [](std::int64_t count) { return std::to_string(count); }};
 }
 
 Kind<double> fraction_kind() {
@@ -170,17 +156,6 @@ Kind<double> fraction_kind() {
     return {"number > 0 and < 1", read, [](double number) { return fmt::format("{}", number); }};
 }
 
-// A fraction, or auto.
-Kind<std::optional<double>> fraction_or_auto_kind() {
-    const Kind<double> kind = fraction_kind();
-    return {kind.values + " | auto",
-            [kind](const Value& value) -> std::optional<double> {
-                if (value.text == "auto") return std::nullopt;
-                return kind.read(value);
-            },
-            [kind](const std::optional<double>& number) { return number ? kind.write(*number) : "auto"; }};
-}
-
 Kind<double> share_kind() {
     const auto read = [](const Value& value) {
         const auto number = read_number<double>(value, "a number");
@@ -190,16 +165,13 @@ Kind<double> share_kind() {
     return {"number from 0 to 1", read, [](double number) { return fmt::format("{}", number); }};
 }
 
-// Bits a weight, or none.
-Kind<std::optional<double>> bits_or_none_kind() {
-    const auto read = [](const Value& value) -> std::optional<double> {
-        if (value.text == "none") return std::nullopt;
+Kind<double> bits_a_weight_kind() {
+    const auto read = [](const Value& value) {
         const auto number = read_number<double>(value, "a number");
         if (std::isnan(number) || number < 2.0 || number > 9.0) value.refuse("is not allowed");
         return number;
     };
-    return {"number from 2 to 9 | none", read,
-            [](const std::optional<double>& bits) { return bits ? fmt::format("{}", *bits) : "none"; }};
+    return {"number from 2 to 9", read, [](double bits) { return fmt::format("{}", bits); }};
 }
 
 Kind<int> up_to_kind(int most) {
@@ -359,9 +331,10 @@ std::vector<Row> calibration_rows() {
         required(row("calibration.tokens", path_kind(),
                      "HDF5 store of token sequences, from tools/calibrate.py",
                      [](auto& s) -> auto& { return s.calibration.tokens; })),
-        row("calibration.sequences", count_or_kind("all"), "use the first that many sequences",
+        row("calibration.sequences", or_word(count_kind(), "all"), "use the first that many sequences",
             [](auto& s) -> auto& { return s.calibration.sequences; }),
-        row("calibration.sequence_length", count_or_kind("store"), "cut longer sequences to this many tokens",
+        row("calibration.sequence_length", or_word(count_kind(), "store"),
+            "cut longer sequences to this many tokens",
             [](auto& s) -> auto& { return s.calibration.sequence_length; }),
         row("calibration.allow_tokenizer_mismatch", bool_kind(), "accept a store made with another tokenizer",
             [](auto& s) -> auto& { return s.calibration.allow_tokenizer_mismatch; }),
@@ -387,7 +360,7 @@ std::vector<Row> quantization_rows() {
             [](auto& s) -> auto& { return s.quantization.sym; }),
         row("quantization.desc_act", bool_kind(), "columns with large activations first (act-order)",
             [](auto& s) -> auto& { return s.quantization.desc_act; }),
-        row("quantization.damp_percent", fraction_or_auto_kind(),
+        row("quantization.damp_percent", or_word(fraction_kind(), "auto"),
             "damping, as a share of the Hessian's mean diagonal",
             [](auto& s) -> auto& { return s.quantization.damp_percent; }),
         row("quantization.damp_auto_increment", fraction_kind(),
@@ -429,13 +402,14 @@ std::vector<Row> quantization_rows() {
         row("quantization.on_fallback", word_kind({"report", "error"}),
             "what happens when a linear cannot have GPTQ as it was asked for",
             [](auto& s) -> auto& { return s.quantization.on_fallback; }),
-        row("quantization.target_bits", bits_or_none_kind(),
+        row("quantization.target_bits", or_word(bits_a_weight_kind(), "none"),
             "choose bits for each linear so that a weight takes that many on average, all overhead counted",
             [](auto& s) -> auto& { return s.quantization.target_bits; }),
-        row("quantization.lm_head.bits", one_of_or_kind<int>(allowed_bits, "none"),
+        row("quantization.lm_head.bits", or_word(one_of_kind<int>(allowed_bits), "none"),
             "quantize lm_head too, with that many bits a weight",
             [](auto& s) -> auto& { return s.quantization.lm_head_bits; }),
-        row("quantization.lm_head.group_size", one_of_or_kind<std::int64_t>(allowed_group_sizes, "same"),
+        row("quantization.lm_head.group_size",
+            or_word(one_of_kind<std::int64_t>(allowed_group_sizes), "same"),
             "of lm_head; same: as quantization.group_size",
             [](auto& s) -> auto& { return s.quantization.lm_head_group_size; }),
         list_row(overrides_key, "list of {match, skip | bits, …}",
@@ -454,7 +428,7 @@ std::vector<Row> compute_rows() {
         row("compute.activations", word_kind({"auto", "stream", "recompute"}),
             "what happens to activations that do not fit in memory",
             [](auto& s) -> auto& { return s.compute.activations; }),
-        row("compute.layer_groups", count_or_kind("auto"), "groups that the ranks form",
+        row("compute.layer_groups", or_word(count_kind(), "auto"), "groups that the ranks form",
             [](auto& s) -> auto& { return s.compute.layer_groups; }),
         row("compute.stall_timeout", duration_kind(),
             "a rank that gives no sign of life for so long ends the job",
@@ -703,7 +677,7 @@ private:
         rule.match = text;
     } catch (const std::regex_error& error) {
         throw BadInput("{}: quantization.overrides: match: {} is no {}: {}", place, text,
-                       text.starts_with("re:") ? "regular expression" : "glob", error.what());
+                       text.starts_with(kRegexPrefix) ? "regular expression" : "glob", error.what());
     }
 
     OutputVariant read_variant(JobSpec job, const YAML::Node& item, const Places& set) const {

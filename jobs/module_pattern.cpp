@@ -1,11 +1,7 @@
 #include "jobs/module_pattern.h"
 
-#include <string_view>
-
 namespace quantmill {
 namespace {
-
-constexpr std::string_view kRegex = "re:";
 
 std::string regex_of_glob(const std::string& glob) {
     std::string regex;
@@ -25,6 +21,6 @@ std::string regex_of_glob(const std::string& glob) {
 }  // namespace
 
 ModulePattern::ModulePattern(const std::string& text)
-    : regex_(text.starts_with(kRegex) ? text.substr(kRegex.size()) : regex_of_glob(text)) {}
+    : regex_(text.starts_with(kRegexPrefix) ? text.substr(kRegexPrefix.size()) : regex_of_glob(text)) {}
 
 }  // namespace quantmill

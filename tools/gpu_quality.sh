@@ -25,7 +25,7 @@ peers() {
         setsid nvidia-cuda-mps-control -d </dev/null >/dev/null 2>&1
         trap 'echo quit | nvidia-cuda-mps-control' EXIT
     fi
-    GPTQMODEL_CPU_WORKERS=2 OMP_NUM_THREADS=2 quality --rows "GPTQModel GAR, mse, GPTAQ" --bits 4 3 2 --orders 4 --jobs 12
+    OMP_NUM_THREADS=2 quality --rows "GPTQModel GAR, mse, GPTAQ" --bits 4 3 2 --orders 4 --jobs 12
 }
 
 for step in "$@"; do

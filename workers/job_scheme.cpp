@@ -3,7 +3,6 @@
 #include <fmt/ranges.h>
 
 #include <algorithm>
-#include <string_view>
 
 #include "jobs/module_pattern.h"
 #include "kernels/error.h"
@@ -13,9 +12,9 @@ namespace quantmill {
 namespace {
 
 // For a match that was hardly meant as a glob.
-std::string_view regex_advice(const std::string& match) {
-    if (match.starts_with("re:") || match.find_first_of("\\()|+^$") == std::string::npos) return "";
-    return "; a regular expression is written behind re:";
+std::string regex_advice(const std::string& match) {
+    if (match.starts_with(kRegexPrefix) || match.find_first_of("\\()|+^$") == std::string::npos) return "";
+    return fmt::format("; a regular expression is written behind {}", kRegexPrefix);
 }
 
 class Rules {
@@ -89,7 +88,8 @@ private:
         for (const Linear& linear : group.linears) {
             names.push_back(linear.name.substr(linear.name.rfind('.') + 1));
         }
-        return fmt::format("re:.*{}\\.({})", name.substr(0, name.rfind('.')), fmt::join(names, "|"));
+        return fmt::format("{}.*{}\\.({})", kRegexPrefix, name.substr(0, name.rfind('.')),
+                           fmt::join(names, "|"));
     }
 
     const std::vector<QuantizationRule>& rules_;
