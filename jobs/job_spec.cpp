@@ -351,9 +351,9 @@ const std::vector<std::int64_t> allowed_group_sizes{-1, 16, 32, 64, 128, 256, 51
 
 std::vector<Row> quantization_rows() {
     return {
-        row("quantization.bits", one_of_kind<int>(allowed_bits), "bits a weight",
+        row("quantization.bits", one_of_kind(allowed_bits), "bits a weight",
             [](auto& s) -> auto& { return s.quantization.bits; }),
-        row("quantization.group_size", one_of_kind<std::int64_t>(allowed_group_sizes),
+        row("quantization.group_size", one_of_kind(allowed_group_sizes),
             "weights of a row that share one scale; -1: the whole row",
             [](auto& s) -> auto& { return s.quantization.group_size; }),
         row("quantization.sym", bool_kind(), "zero point in the middle of the range",
@@ -405,11 +405,10 @@ std::vector<Row> quantization_rows() {
         row("quantization.target_bits", or_word(bits_a_weight_kind(), "none"),
             "choose bits for each linear so that a weight takes that many on average, all overhead counted",
             [](auto& s) -> auto& { return s.quantization.target_bits; }),
-        row("quantization.lm_head.bits", or_word(one_of_kind<int>(allowed_bits), "none"),
+        row("quantization.lm_head.bits", or_word(one_of_kind(allowed_bits), "none"),
             "quantize lm_head too, with that many bits a weight",
             [](auto& s) -> auto& { return s.quantization.lm_head_bits; }),
-        row("quantization.lm_head.group_size",
-            or_word(one_of_kind<std::int64_t>(allowed_group_sizes), "same"),
+        row("quantization.lm_head.group_size", or_word(one_of_kind(allowed_group_sizes), "same"),
             "of lm_head; same: as quantization.group_size",
             [](auto& s) -> auto& { return s.quantization.lm_head_group_size; }),
         list_row(overrides_key, "list of {match, skip | bits, …}",
