@@ -21,7 +21,7 @@ struct Shrinks {
 inline constexpr Shrinks kMinMaxShrinks{1, 1, 1, 1, 0};
 inline constexpr Shrinks kMseShrinks{80, 100, 1, 100, 0};   // GPTQModel's: 1.00, 0.99 … 0.21
 inline constexpr Shrinks kHessianShrinks{9, 84, 8, 80, 4};  // 1.05, 0.95 … 0.25, then by 1/80
-inline Shrinks shrinks_of(ScaleSearch search) {
+constexpr Shrinks shrinks_of(ScaleSearch search) {
     switch (search) {
         case ScaleSearch::mse: return kMseShrinks;
         case ScaleSearch::hessian: return kHessianShrinks;

@@ -229,8 +229,7 @@ cuda::SolveRows solve_rows(ConstTensorView weights, const QuantizationGrid& grid
             .groups = grid.groups(weights.extent(1)),
             .ld_errors = 0,
             .exact = false,
-            .grid = {grid.bits, grid.group_size, grid.sym, grid.search, grid.signed_scales, grid.bf16_scales,
-                     shrinks_of(grid.search)},
+            .grid = {grid.bits, grid.group_size, grid.sym, grid.search, grid.signed_scales, grid.bf16_scales},
             .slots = {}};
 }
 

@@ -3,6 +3,7 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include <algorithm>
 #include <cstdint>
 
 #include "kernels/cuda/convert.cuh"
@@ -135,10 +136,11 @@ struct Candidates {
 // Scales with both signs of a symmetric grid, with L = 2^(b−1) steps on its longer side. They differ only
 // where a weight is nearest to ±L, so one loss is that of a grid with L steps on both sides; the sign that
 // has no code there pays (y − L + 1)² − (y − L)² = 2 (y − L + ½) steps² more, y > L − ½ the weight in steps.
+// What weights above and below 0 pay is added up as the sum of both and their difference.
 template <int kCount>
 struct Candidates<Miss::paired, kCount> {
     static constexpr float kRange = 0x1p20F;  // of steps, inside which sums of those payments are exact
-    float scale[kCount], share[kCount], range_share[kCount], loss[kCount], above[kCount], below[kCount];
+    float scale[kCount], share[kCount], range_share[kCount], loss[kCount], both[kCount], difference[kCount];
     float side, unit;  // L, and a step's share of both sides
 
     __device__ explicit Candidates(const SolveGrid& grid)
@@ -148,27 +150,30 @@ struct Candidates<Miss::paired, kCount> {
         scale[c] = tried.scale;
         share[c] = inverse * unit;
         range_share[c] = inverse * (1.0F / kRange);
-        loss[c] = above[c] = below[c] = 0.0F;
+        loss[c] = both[c] = difference[c] = 0.0F;
     }
     __device__ void add(float weight, float importance) {
         const float edge = (side - 0.5F) / kRange;
+        const float size = fabsf(weight);
+        const float signed_importance = copysignf(importance, weight);
 #pragma unroll
         for (int c = 0; c < kCount; ++c) {
             const float place = __saturatef(fmaf(weight, share[c], 0.5F));
             const float steps = fmaf(place, 2.0F * side, kIntegers) - (kIntegers + side);
             const float miss = fmaf(-scale[c], steps, weight);
             loss[c] = fmaf(miss * importance, miss, loss[c]);
-            above[c] = fmaf(__saturatef(fmaf(weight, range_share[c], -edge)), importance, above[c]);
-            below[c] = fmaf(__saturatef(fmaf(-weight, range_share[c], -edge)), importance, below[c]);
+            const float beyond = __saturatef(fmaf(size, range_share[c], -edge));
+            both[c] = fmaf(beyond, importance, both[c]);
+            difference[c] = fmaf(beyond, signed_importance, difference[c]);
         }
     }
     template <class Consider>
     __device__ void each(Consider consider) const {
 #pragma unroll
         for (int c = 0; c < kCount; ++c) {
-            const float payment = 2.0F * kRange * scale[c] * scale[c];
-            consider(c, fmaf(payment, above[c], loss[c]), {scale[c], side});
-            consider(c, fmaf(payment, below[c], loss[c]), {-scale[c], side});
+            const float payment = kRange * scale[c] * scale[c];
+            consider(c, fmaf(payment, both[c] + difference[c], loss[c]), {scale[c], side});
+            consider(c, fmaf(payment, both[c] - difference[c], loss[c]), {-scale[c], side});
         }
     }
     template <class Sum>
@@ -176,8 +181,8 @@ struct Candidates<Miss::paired, kCount> {
 #pragma unroll
         for (int c = 0; c < kCount; ++c) {
             loss[c] = sum(loss[c]);
-            above[c] = sum(above[c]);
-            below[c] = sum(below[c]);
+            both[c] = sum(both[c]);
+            difference[c] = sum(difference[c]);
         }
     }
 };
@@ -188,6 +193,37 @@ struct Best {
     int numerator;  // of its share of the min-max scale
 };
 
+// Tries the team's part of `count` shares of the min-max scale, kTried candidates at a time; the first of
+// equals wins. numerator_of(i): of share i.
+template <Miss kMiss, int kTried, class Elements, class Team, class Numerator>
+__device__ void try_shares(Best& best, const Shrinks& shrinks, int count, Numerator numerator_of,
+                           const Elements& elements, const Team& team, float low, float high,
+                           const SolveGrid& grid) {
+    const bool twins = kMiss != Miss::paired && (grid.sym ? grid.signed_scales : grid.bits == 2);
+    const int variants = twins ? 2 : 1;
+    const int run = (count * variants + Team::kParts - 1) / Team::kParts;
+    const int end = min((team.part() + 1) * run, count * variants);
+#pragma unroll 1
+    for (int first = team.part() * run; first < end; first += kTried) {
+        // Of candidate c, the last of the run again where there is none: it is no less than itself.
+        const auto index_of = [&](int c) { return min(first + c, end - 1); };
+        Candidates<kMiss, kTried> tried(grid);
+#pragma unroll
+        for (int c = 0; c < kTried; ++c) {
+            const float shrink = shrinks.share(numerator_of(index_of(c) / variants));
+            Parameters own = shrunk_parameters(low, high, shrink, grid);
+            if (index_of(c) % variants == 1) own = twin_of(own, low, shrink, grid);
+            tried.set(c, own);
+        }
+        elements.each([&](float weight, float importance) { tried.add(weight, importance); });
+        tried.sum_up([&](float loss) { return team.sum(loss); });
+        tried.each([&](int c, float loss, Parameters own) {
+            if (loss < best.loss) best = {loss, own, numerator_of(index_of(c) / variants)};
+        });
+    }
+    best = team.agree(best);
+}
+
 // The grid with the least loss of elements, the first of equals. elements.each(f) calls f(weight,
 // importance) for the thread's own. Threads that search one grid are a team of Team::kParts parts, each with
 // a run of the candidates; team.sum(x) adds over the threads of a part, which share its elements, and
@@ -195,39 +231,21 @@ struct Best {
 template <Miss kMiss, class Elements, class Team>
 __device__ Grid least_grid(const Elements& elements, const Team& team, float low, float high,
                            const SolveGrid& grid) {
-    constexpr int kTried = kMiss == Miss::power ? 10 : (9 + Team::kParts - 1) / Team::kParts;
-    const bool twins = kMiss != Miss::paired && (grid.sym ? grid.signed_scales : grid.bits == 2);
-    const int variants = twins ? 2 : 1;
+    constexpr Shrinks kShrinks = shrinks_of(kMiss == Miss::power ? ScaleSearch::mse : ScaleSearch::hessian);
+    // In one round, or by tens where they are many.
+    constexpr auto tried_of = [](int shares) {
+        return std::min((shares + Team::kParts - 1) / Team::kParts, 10);
+    };
+    const Shrinks shrinks = kShrinks;
     Best best{__int_as_float(0x7F800000), {1.0F, 0.0F}, 0};
-#pragma unroll 1
-    for (int stage = 0; stage < 2; ++stage) {
-        const int count = (stage == 0 ? grid.shrinks.count : 2 * grid.shrinks.around) * variants;
-        const int run = (count + Team::kParts - 1) / Team::kParts;
-        const int end = min((team.part() + 1) * run, count);
+    try_shares<kMiss, tried_of(kShrinks.count)>(
+        best, shrinks, shrinks.count, [&](int i) { return shrinks.coarse(i); }, elements, team, low, high,
+        grid);
+    if constexpr (kShrinks.around > 0) {
         const int coarse = best.numerator;
-#pragma unroll 1
-        for (int first = team.part() * run; first < end; first += kTried) {
-            // Of candidate c, the last of the run again where there is none: it is no less than itself.
-            const auto index_of = [&](int c) { return min(first + c, end - 1); };
-            const auto numerator_of = [&](int c) {
-                const int i = index_of(c) / variants;
-                return stage == 0 ? grid.shrinks.coarse(i) : grid.shrinks.fine(coarse, i);
-            };
-            Candidates<kMiss, kTried> tried(grid);
-#pragma unroll
-            for (int c = 0; c < kTried; ++c) {
-                const float shrink = grid.shrinks.share(numerator_of(c));
-                Parameters own = shrunk_parameters(low, high, shrink, grid);
-                if (index_of(c) % variants == 1) own = twin_of(own, low, shrink, grid);
-                tried.set(c, own);
-            }
-            elements.each([&](float weight, float importance) { tried.add(weight, importance); });
-            tried.sum_up([&](float loss) { return team.sum(loss); });
-            tried.each([&](int c, float loss, Parameters own) {
-                if (loss < best.loss) best = {loss, own, numerator_of(c)};
-            });
-        }
-        best = team.agree(best);
+        try_shares<kMiss, tried_of(2 * kShrinks.around)>(
+            best, shrinks, 2 * shrinks.around, [&](int i) { return shrinks.fine(coarse, i); }, elements, team,
+            low, high, grid);
     }
     return make_grid(best.parameters.scale, best.parameters.zero);
 }

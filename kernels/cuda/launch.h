@@ -113,7 +113,6 @@ struct SolveGrid {
     bool sym;
     ScaleSearch search;
     bool signed_scales, bf16_scales;
-    Shrinks shrinks;
 };
 // Which columns a slot's 128 places hold. A slot has `width` columns; `per_run` slots make a run of `run`
 // columns, whose last slot may be short. Pieces of `piece` columns begin at multiples of `padded` places.
