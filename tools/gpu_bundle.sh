@@ -59,7 +59,7 @@ if [ "${1:-}" = --demo ]; then
     head -c 40000000 "$demo/$model.Q4_1.gguf" >"$2/1/weights"
     tail -c +40000001 "$demo/$model.Q4_1.gguf" >"$2/2/weights"
     gguf=$(dirname "$(find build/python*/ -path '*/site-packages/gguf/__init__.py' | head -n 1)")
-    tar -cJf "$2/2/rest.tar.xz" --exclude __pycache__ --exclude model.safetensors -C "$(dirname "$gguf")" gguf -C "$PWD/$demo" calib.h5 "$model"
+    tar -cJf "$2/2/rest.tar.xz" --exclude __pycache__ --exclude model.safetensors -C "$(dirname "$gguf")" gguf -C "$PWD/$demo" calib.h5 eval.h5 "$model"
     ls -l "$2"/*
     exit
 fi
