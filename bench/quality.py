@@ -161,7 +161,7 @@ class Table:
         record = {"row": row, "bits": bits, "order": order, "date": date.today().isoformat()}
         if self.arguments.jobs == 1:
             record["seconds"] = seconds
-        result |= result.pop("reference", {})
+        result = result.pop("reference", {}) | result  # both have a perplexity
         record |= {key: result[key] for key in (*kept, "bits_per_weight", "backend") if key in result}
         with self.lock:
             self.figures["runs"].append(record)

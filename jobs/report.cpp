@@ -196,6 +196,7 @@ ordered_json budget_json(const BitBudgetReport& budget) {
     return {{"target", budget.target},
             {"achieved", budget.achieved},
             {"predicted_loss", budget.predicted_loss},
+            {"predicted_perplexity_ratio", budget.predicted_ratio},
             {"uniform_loss", by_bits(budget.uniform_loss)},
             {"seconds", budget.seconds},
             {"groups", groups}};
@@ -210,11 +211,10 @@ std::string budget_line(const BitBudgetReport& budget) {
     for (const auto& [bits, loss] : budget.uniform_loss)
         uniform.push_back(fmt::format("{:.3g} with {} bits", loss, bits));
     return fmt::format(
-        "target_bits {:g}: groups {}, {:.3f} bits a weight; predicted loss {:.3g} (everywhere alike: {}); "
-        "chosen "
-        "in {}\n",
+        "target_bits {:g}: groups {}, {:.3f} bits a weight; predicted loss {:.3g} (everywhere alike: {}), "
+        "perplexity {:.3g} times the original's; chosen in {}\n",
         budget.target, fmt::join(parts, ", "), budget.achieved, budget.predicted_loss,
-        fmt::join(uniform, ", "), seconds_text(budget.seconds));
+        fmt::join(uniform, ", "), budget.predicted_ratio, seconds_text(budget.seconds));
 }
 
 std::string fallback_lines(const Report& report) {

@@ -23,7 +23,7 @@ struct LinearReport {
     int bits = 0;
     std::int64_t group_size = 0;
     double loss = 0.0;                // tr((W−Q) H (W−Q)ᵀ)
-    double signal = 0.0;              // tr(W H Wᵀ) where bits were chosen by it, else 0; not shown
+    double block_error = 0.0;         // of BlockProbe, where bits were chosen by it, else 0; not shown
     double mean_squared_error = 0.0;  // of the weights
     std::int64_t tokens = 0;          // seen by its Hessian
     double damp_percent = 0.0;        // used in the end
@@ -53,17 +53,18 @@ struct PlannedSeconds {
     double forward = 0.0, hessian = 0.0, factor = 0.0, solve = 0.0, io = 0.0;
 };
 
-// How quantization.target_bits was spent: what a group of linears would lose at each number of bits.
+// How quantization.target_bits was spent: what a group of linears loses at each number of bits.
 struct BitChoice {
     int block = 0;
     std::string group;
     int bits = 0;                  // chosen
-    std::map<int, double> losses;  // bits → relative error of its outputs
+    std::map<int, double> losses;  // bits → relative error of its block's outputs
 };
 struct BitBudgetReport {
     double target = 0.0, achieved = 0.0;  // bits a weight
     double predicted_loss = 0.0;          // sum of what the chosen bits lose
-    std::map<int, double> uniform_loss;   // bits → the same when all have them
+    double predicted_ratio = 1.0;         // perplexity over the original model's
+    std::map<int, double> uniform_loss;   // bits → predicted_loss when all have them
     std::vector<BitChoice> groups;
     double seconds = 0.0;
 };

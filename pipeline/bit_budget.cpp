@@ -1,9 +1,6 @@
 #include "pipeline/bit_budget.h"
 
-#include <algorithm>
-#include <map>
 #include <optional>
-#include <utility>
 
 #include "kernels/error.h"
 
@@ -54,20 +51,6 @@ std::vector<std::size_t> choose_options(const std::vector<std::vector<BitOption>
         choice[upgrade->group] = upgrade->option;
     }
     return choice;
-}
-
-void raise_to_medians(std::vector<std::vector<BitOption>>& groups, const std::vector<std::size_t>& kinds) {
-    std::map<std::pair<std::size_t, int>, std::vector<double>> losses;  // of a kind and bits
-    for (std::size_t g = 0; g < groups.size(); ++g) {
-        for (const BitOption& option : groups[g]) losses[{kinds[g], option.bits}].push_back(option.loss);
-    }
-    for (auto& [key, values] : losses) std::ranges::sort(values);
-    for (std::size_t g = 0; g < groups.size(); ++g) {
-        for (BitOption& option : groups[g]) {
-            const std::vector<double>& values = losses.at({kinds[g], option.bits});
-            option.loss = std::max(option.loss, values[(values.size() - 1) / 2]);
-        }
-    }
 }
 
 double loss_of(const std::vector<std::vector<BitOption>>& groups, const std::vector<std::size_t>& choice) {

@@ -19,11 +19,6 @@ struct BitOption {
 std::vector<std::size_t> choose_options(const std::vector<std::vector<BitOption>>& groups,
                                         std::uint64_t budget);
 
-// Raises each loss to the median of those of its kind with the same bits; kinds[g]: of group g. A loss
-// relative to a linear's outputs says nothing of most tokens where a few hold nearly all of the outputs'
-// energy (attention sinks, massive activations), and would give such a linear the fewest bits.
-void raise_to_medians(std::vector<std::vector<BitOption>>& groups, const std::vector<std::size_t>& kinds);
-
 double loss_of(const std::vector<std::vector<BitOption>>& groups, const std::vector<std::size_t>& choice);
 std::uint64_t stored_bits_of(const std::vector<std::vector<BitOption>>& groups,
                              const std::vector<std::size_t>& choice);

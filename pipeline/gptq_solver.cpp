@@ -283,29 +283,4 @@ RowLosses solve_rows(Backend& backend, TensorView weights, RowRange range, Const
     return losses;
 }
 
-// Solved on a grid so coarse that every code is the zero point.
-std::vector<double> signal_of_rows(Backend& backend, TensorView weights, ConstTensorView factor,
-                                   const FactorOutcome& outcome) {
-    const std::int64_t rows = weights.extent(0), columns = weights.extent(1);
-    if (rows == 0) return {};
-    if (!outcome.dead_columns.empty()) backend.zero_columns(outcome.dead_columns, weights);
-    Tensor ordered;
-    if (!outcome.order.empty()) {
-        ordered = backend.empty(weights.shape(), DType::f32, "weights in solving order");
-        backend.permute_columns(weights, outcome.order, ordered);
-    }
-    const QuantizationGrid grid{.bits = 8, .group_size = columns};
-    QuantizedLinear zero(backend, rows, columns, grid);
-    const std::vector<Half> scales(static_cast<std::size_t>(rows), to_half(kHalfMax));
-    const std::vector<std::uint8_t> zeros(static_cast<std::size_t>(rows), std::uint8_t{1U << 7U});
-    backend.copy_from_host(scales.data(), zero.scales);
-    backend.copy_from_host(zeros.data(), zero.zeros);
-    Tensor loss = backend.empty({rows}, DType::f32, "loss of rows");
-    backend.gptq_solve_static(ordered.empty() ? weights : ordered.view(), factor, zero.g_idx, grid,
-                              zero.rows(0, rows), loss);
-    std::vector<float> values(static_cast<std::size_t>(rows));
-    backend.copy_to_host(loss, values.data());
-    return {values.begin(), values.end()};
-}
-
 }  // namespace quantmill

@@ -86,9 +86,4 @@ RowLosses solve_rows(Backend& backend, TensorView weights, RowRange range, Const
                      const FactorOutcome& outcome, const GptqOptions& options, QuantizedLinear& quantized,
                      ConstTensorView cross = {}, ConstTensorView hessian = {});
 
-// A row each: w H wᵀ, the loss of leaving it out; for comparing losses between linears. `weights` f32 [rows,
-// C] loses its dead columns.
-std::vector<double> signal_of_rows(Backend& backend, TensorView weights, ConstTensorView factor,
-                                   const FactorOutcome& outcome);
-
 }  // namespace quantmill

@@ -22,4 +22,12 @@ ConstQuantizedViews QuantizedLinear::rows(std::int64_t begin, std::int64_t end) 
     return {codes.view().rows(begin, end), scales.view().rows(begin, end), zeros.view().rows(begin, end)};
 }
 
+Tensor forward_weights(Backend& backend, const QuantizedLinear& quantized, std::int64_t begin,
+                       std::int64_t end) {
+    Tensor weights =
+        backend.empty({end - begin, quantized.columns()}, backend.activation_dtype(), "quantized weights");
+    backend.dequantize(quantized.rows(begin, end), quantized.g_idx, weights);
+    return weights;
+}
+
 }  // namespace quantmill

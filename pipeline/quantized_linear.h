@@ -23,4 +23,8 @@ struct QuantizedLinear {
     ConstQuantizedViews rows(std::int64_t begin, std::int64_t end) const;
 };
 
+// Rows [begin, end) as the forward pass multiplies with them, in the activation dtype.
+Tensor forward_weights(Backend& backend, const QuantizedLinear& quantized, std::int64_t begin,
+                       std::int64_t end);
+
 }  // namespace quantmill

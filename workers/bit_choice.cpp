@@ -16,6 +16,9 @@ namespace {
 
 constexpr int kBits[] = {2, 3, 4, 8};
 
+// What the log of the perplexity gains for a loss, of one small model (docs/quality.md).
+constexpr double kNatsPerLoss = 2.0;
+
 std::uint64_t stored_bits_of_group(const LinearGroup& group, const QuantizationGrid& grid) {
     std::uint64_t bytes = 0;
     for (const Linear& linear : group.linears) {
@@ -143,27 +146,20 @@ std::vector<QuantizationScheme> BitChoiceMaker::candidates() const {
 
 QuantizationScheme BitChoiceMaker::choose(const std::vector<std::vector<LinearReport>>& measured,
                                           BitBudgetReport& report) const {
-    // Relative errors of outputs, of the linears of a group one after the other.
     std::map<std::pair<int, std::string>, std::map<int, double>> losses;
     for (const auto& linears : measured) {
         for (const LinearReport& linear : linears) {
-            const double relative = linear.signal > 0.0 ? linear.loss / linear.signal : 0.0;
-            losses[{linear.block, linear.group}][linear.bits] += relative;
+            losses[{linear.block, linear.group}][linear.bits] = linear.block_error;
         }
     }
     std::vector<std::vector<BitOption>> options;
-    std::vector<std::size_t> kinds;
     for (const Group& group : groups_) {
         const std::string& name = graph_.stages[group.stage].group.name;
-        kinds.push_back(group.stage);
         std::vector<BitOption>& own = options.emplace_back();
         for (const int bits : group.bits) {
             own.push_back({bits, stored_bits(group, bits), losses.at({group.block, name}).at(bits)});
+            report.uniform_loss[bits] += own.back().loss;
         }
-    }
-    raise_to_medians(options, kinds);
-    for (const std::vector<BitOption>& own : options) {
-        for (const BitOption& option : own) report.uniform_loss[option.bits] += option.loss;
     }
     const std::vector<std::size_t> choice = choose_options(options, budget());
     std::vector<int> bits;
@@ -174,6 +170,7 @@ QuantizationScheme BitChoiceMaker::choose(const std::vector<std::vector<LinearRe
     }
     report.target = target_;
     report.predicted_loss = loss_of(options, choice);
+    report.predicted_ratio = std::exp(kNatsPerLoss * report.predicted_loss);
     report.achieved = static_cast<double>(fixed_bits_ + stored_bits_of(options, choice)) /
                       static_cast<double>(own_weights_ + fixed_weights_);
     return scheme_of(bits);
@@ -184,7 +181,9 @@ std::vector<PreparedJob> jobs_to_measure(const PreparedJob& job) {
     const BitChoiceMaker maker(job.spec, job.graph, scheme_before_target(job));
     for (QuantizationScheme& candidate : maker.candidates()) {
         PreparedJob& measured = jobs.emplace_back(job);
+        measured.measures = true;
         measured.spec.quantization.propagate = "original";
+        measured.spec.calibration.hessians.clear();  // a store has no hidden states
         measured.spec.compute.layer_groups.reset();  // meant for the run itself
         measured.spec.calibration.save_hessians.clear();
         measured.scheme = std::move(candidate);
@@ -201,7 +200,7 @@ BitBudgetReport choose_for(PreparedJob& job, const World& world, Control& contro
     const std::vector<PreparedJob> measured = jobs_to_measure(job);
     const LayerPlan layers = layers_of(measured, world, backend);
     Coordinator coordinator(control, job.spec.compute.stall_timeout, true);
-    LayerRun run(measured, layers, control, backend, coordinator, LayerRun::Purpose::measure);
+    LayerRun run(measured, layers, control, backend, coordinator);
     const auto linears = run.run();
     coordinator.finish();
     BitBudgetReport report;

@@ -13,6 +13,7 @@
 #include "pipeline/forward.h"
 #include "pipeline/stopwatch.h"
 #include "workers/calibration_batches.h"
+#include "workers/hidden_errors.h"
 #include "workers/logit_head.h"
 #include "workers/placement.h"
 #include "workers/prepared_job.h"
@@ -53,12 +54,25 @@ std::unique_ptr<OpenModel> open_reference(const EvalCommand& command, const Mode
     return reference;
 }
 
+// What the run that made a checkpoint told; an empty object for those of other programs.
+nlohmann::json report_of(const std::filesystem::path& model) {
+    const std::filesystem::path file = model / "report.json";
+    if (!std::filesystem::exists(file)) return nlohmann::json::object();
+    nlohmann::json report = nlohmann::json::parse(read_text(file), nullptr, false);
+    return report.is_object() ? report : nlohmann::json::object();
+}
+
+std::optional<double> predicted_ratio(const nlohmann::json& report) {
+    const nlohmann::json ratio =
+        report.value("/bit_budget/predicted_perplexity_ratio"_json_pointer, nlohmann::json());
+    if (!ratio.is_number()) return std::nullopt;
+    return ratio.get<double>();
+}
+
 // Perplexity on what the scales were fitted to says nothing about other text.
 void refuse_calibration_tokens(const EvalCommand& command, const CalibrationStore& store) {
-    const std::filesystem::path file = command.model / "report.json";
-    if (command.allow_calibration_tokens || !std::filesystem::exists(file)) return;
-    const auto report = nlohmann::json::parse(read_text(file), nullptr, false);
-    if (!report.is_object() || !report.contains("calibration_sequences")) return;  // not ours, or older
+    const nlohmann::json report = report_of(command.model);
+    if (command.allow_calibration_tokens || !report.contains("calibration_sequences")) return;
     std::set<std::string> calibrated;
     for (const auto& fingerprint : report.at("calibration_sequences")) {
         if (fingerprint.is_string()) calibrated.insert(fingerprint.get<std::string>());
@@ -178,47 +192,6 @@ TokenPlan plan_tokens(const MicroBatch& batch, const std::vector<std::vector<std
     return plan;
 }
 
-// ||h − h_ref||² and ||h_ref||² of each sequence, summed in the order of its tokens, so that ranks and
-// micro-batches do not matter.
-class HiddenErrors {
-public:
-    HiddenErrors(Backend& backend, std::int64_t hidden_size)
-        : backend_(backend),
-          width_(hidden_size),
-          ours_(backend, {kRows, hidden_size}, DType::f32, "hidden states"),
-          theirs_(backend, {kRows, hidden_size}, DType::f32, "hidden states of the reference"),
-          zeros_(backend, {kRows, hidden_size}, DType::f32, "zeros") {
-        backend.zero(zeros_);
-    }
-
-    // sums: [2, sequences].
-    void add(const TokenPlan& plan, ConstTensorView hidden, ConstTensorView reference,
-             std::span<double> sums) {
-        const std::size_t sequences = sums.size() / 2;
-        for (std::int64_t first = 0; first < hidden.extent(0); first += kRows) {
-            const std::int64_t last = std::min(first + kRows, hidden.extent(0));
-            const TensorView ours = ours_.view().leading({last - first, width_});
-            const TensorView theirs = theirs_.view().leading({last - first, width_});
-            backend_.convert(hidden.rows(first, last), ours);
-            backend_.convert(reference.rows(first, last), theirs);
-            const auto errors = backend_.squared_distance(ours, theirs);
-            const auto squares =
-                backend_.squared_distance(theirs, zeros_.view().leading({last - first, width_}));
-            for (std::size_t row = 0; row < errors.size(); ++row) {
-                const std::size_t sequence = plan.sequence[static_cast<std::size_t>(first) + row];
-                sums[sequence] += errors[row];
-                sums[sequences + sequence] += squares[row];
-            }
-        }
-    }
-
-private:
-    static constexpr std::int64_t kRows = 512;
-    Backend& backend_;
-    std::int64_t width_;
-    Tensor ours_, theirs_, zeros_;
-};
-
 // Calls visit(batch, hidden, reference's hidden) for all micro-batches of this rank; no reference: empty.
 template <class Visit>
 void for_each_pair(ModelWalk& model, ModelWalk* reference, const Visit& visit) {
@@ -248,7 +221,7 @@ public:
         if (!inputs.reference) return;
         reference_ =
             std::make_unique<ModelWalk>(backend, control, *communicator_, *inputs.reference, inputs.shards);
-        for (auto* sums : {&divergence, &same_top}) sums->resize(sequences);
+        for (auto* sums : {&reference_negative_log, &divergence, &same_top}) sums->resize(sequences);
         hidden.resize(static_cast<std::size_t>(inputs.model.graph.blocks) * 2 * sequences);
     }
 
@@ -265,16 +238,22 @@ public:
     }
 
     // Per sequence; hidden: [blocks, 2, sequences].
-    std::vector<double> tokens, negative_log, divergence, same_top, hidden;
+    std::vector<double> tokens, negative_log, reference_negative_log, divergence, same_top, hidden;
 
 private:
+    // Summed in the order of each sequence's tokens, so that ranks and micro-batches do not matter.
     void compare_hidden(int block) {
         HiddenErrors errors(backend_, inputs_.model.graph.hidden_size);
-        const std::size_t width = 2 * inputs_.store.sequences.size();
-        const auto sums = std::span(hidden).subspan(static_cast<std::size_t>(block) * width, width);
+        const std::size_t sequences = inputs_.store.sequences.size();
+        const auto sums =
+            std::span(hidden).subspan(static_cast<std::size_t>(block) * 2 * sequences, 2 * sequences);
         for_each_pair(model_, reference_.get(),
                       [&](const MicroBatch& batch, TensorView ours, TensorView theirs) {
-                          errors.add(plan_tokens(batch, inputs_.store.sequences), ours, theirs, sums);
+                          const TokenPlan plan = plan_tokens(batch, inputs_.store.sequences);
+                          errors.each(ours, theirs, [&](std::size_t token, double error, double square) {
+                              sums[plan.sequence[token]] += error;
+                              sums[sequences + plan.sequence[token]] += square;
+                          });
                       });
     }
 
@@ -288,30 +267,37 @@ private:
             file = std::make_unique<LogitFile>(*command_.logits, tokens_of_shards(inputs_.shards),
                                                graph.vocab_size);
         }
-        for_each_pair(
-            model_, reference_.get(), [&](const MicroBatch& batch, TensorView ours, TensorView theirs) {
-                const TokenPlan plan = plan_tokens(batch, inputs_.store.sequences);
-                for (std::int64_t first = 0; first < ours.extent(0); first += LogitHead::kRows) {
-                    const std::int64_t last = std::min(first + LogitHead::kRows, ours.extent(0));
-                    const TensorView logits = head.logits(ours.rows(first, last));
-                    if (file) file->append(backend_, logits);
-                    add_losses(plan, first, logits);
-                    if (reference_head) {
-                        add_distances(plan, first, reference_head->logits(theirs.rows(first, last)), logits);
-                    }
-                }
-            });
+        for_each_pair(model_, reference_.get(),
+                      [&](const MicroBatch& batch, TensorView ours, TensorView theirs) {
+                          const TokenPlan plan = plan_tokens(batch, inputs_.store.sequences);
+                          count_tokens(plan);
+                          for (std::int64_t first = 0; first < ours.extent(0); first += LogitHead::kRows) {
+                              const std::int64_t last = std::min(first + LogitHead::kRows, ours.extent(0));
+                              const TensorView logits = head.logits(ours.rows(first, last));
+                              if (file) file->append(backend_, logits);
+                              add_losses(plan, first, logits, negative_log);
+                              if (!reference_head) continue;
+                              const TensorView expected = reference_head->logits(theirs.rows(first, last));
+                              add_losses(plan, first, expected, reference_negative_log);
+                              add_distances(plan, first, expected, logits);
+                          }
+                      });
         if (file) file->finish();
     }
 
-    void add_losses(const TokenPlan& plan, std::int64_t first, ConstTensorView logits) {
+    void add_losses(const TokenPlan& plan, std::int64_t first, ConstTensorView logits,
+                    std::vector<double>& sums) {
         const auto begin = static_cast<std::size_t>(first);
         const auto rows = static_cast<std::size_t>(logits.extent(0));
         const auto losses = backend_.cross_entropy(logits, std::span(plan.next).subspan(begin, rows));
         for (std::size_t row = 0; row < rows; ++row) {
-            if (!plan.counted[begin + row]) continue;
-            negative_log[plan.sequence[begin + row]] += losses[row];
-            tokens[plan.sequence[begin + row]] += 1.0;
+            if (plan.counted[begin + row]) sums[plan.sequence[begin + row]] += losses[row];
+        }
+    }
+
+    void count_tokens(const TokenPlan& plan) {
+        for (std::size_t token = 0; token < plan.counted.size(); ++token) {
+            if (plan.counted[token]) tokens[plan.sequence[token]] += 1.0;
         }
     }
 
@@ -382,8 +368,11 @@ Evaluation measure(const EvalCommand& command, Control& control, const Tokenized
 
     // Each sequence is a rank's own: adding the other ranks' zeros is exact.
     Evaluation result;
-    result.sums = {fingerprints_of_sequences(inputs.store.sequences), control.all_sum(part.tokens),
-                   control.all_sum(part.negative_log), control.all_sum(part.divergence),
+    result.sums = {fingerprints_of_sequences(inputs.store.sequences),
+                   control.all_sum(part.tokens),
+                   control.all_sum(part.negative_log),
+                   control.all_sum(part.reference_negative_log),
+                   control.all_sum(part.divergence),
                    control.all_sum(part.same_top)};
     result.hidden_errors =
         relative_errors(control.all_sum(part.hidden), inputs.model.graph.blocks, sequences);
@@ -393,6 +382,7 @@ Evaluation measure(const EvalCommand& command, Control& control, const Tokenized
     }
     result.model = command.model.string();
     if (command.reference) result.reference = command.reference->string();
+    result.predicted_ratio = predicted_ratio(report_of(command.model));
     result.architecture = inputs.model.graph.architecture;
     result.source = inputs.store.source;
     result.version = short_version();

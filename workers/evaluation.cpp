@@ -23,6 +23,12 @@ Estimate mean_estimate(const SequenceSums& sums, const std::vector<double>& valu
         sums, [&](std::span<const double> weights) { return token_mean(weights, values, sums.tokens); });
 }
 
+Estimate exponential_mean(const SequenceSums& sums, const std::vector<double>& values) {
+    return estimate(sums, [&](std::span<const double> weights) {
+        return std::exp(token_mean(weights, values, sums.tokens));
+    });
+}
+
 double sum_of(const std::vector<double>& values) {
     double sum = 0.0;
     for (const double value : values) sum += value;
@@ -48,6 +54,7 @@ ordered_json sequences_json(const Evaluation& evaluation) {
                               {"tokens", evaluation.sums.tokens},
                               {"negative_log_likelihood", evaluation.sums.negative_log}};
     if (evaluation.has_reference()) {
+        sequences["reference_negative_log_likelihood"] = evaluation.sums.reference_negative_log;
         sequences["kl_divergence"] = evaluation.sums.divergence;
         sequences["top1_agreement"] = evaluation.sums.same_top;
     }
@@ -88,10 +95,10 @@ bool same_reference(const Evaluation& a, const Evaluation& b) {
 
 }  // namespace
 
-Estimate perplexity_of(const SequenceSums& sums) {
-    return estimate(sums, [&](std::span<const double> weights) {
-        return std::exp(token_mean(weights, sums.negative_log, sums.tokens));
-    });
+Estimate perplexity_of(const SequenceSums& sums) { return exponential_mean(sums, sums.negative_log); }
+
+Estimate reference_perplexity_of(const SequenceSums& sums) {
+    return exponential_mean(sums, sums.reference_negative_log);
 }
 
 Estimate divergence_of(const SequenceSums& sums) { return mean_estimate(sums, sums.divergence); }
@@ -120,12 +127,19 @@ ordered_json to_json(const Evaluation& evaluation) {
     if (evaluation.has_reference()) {
         const Estimate divergence = divergence_of(evaluation.sums);
         const Estimate agreement = agreement_of(evaluation.sums);
+        const Estimate perplexity_there = reference_perplexity_of(evaluation.sums);
         result["reference"] = {{"model", evaluation.reference},
+                               {"perplexity", perplexity_there.value},
+                               {"perplexity_interval", interval_json(perplexity_there)},
                                {"kl_divergence", divergence.value},
                                {"kl_divergence_interval", interval_json(divergence)},
                                {"top1_agreement", agreement.value},
                                {"top1_agreement_interval", interval_json(agreement)},
                                {"hidden_error", evaluation.hidden_errors}};
+        if (evaluation.predicted_ratio) {
+            result["reference"]["predicted_perplexity"] =
+                *evaluation.predicted_ratio * perplexity_there.value;
+        }
     }
     result["bootstrap"] = {{"seed", kBootstrapSeed}, {"resamples", kBootstrapResamples}};
     result["per_sequence"] = sequences_json(evaluation);
@@ -157,6 +171,7 @@ Evaluation evaluation_from(const json& json, const std::string& file) {
         if (json.contains("reference")) {
             json.at("reference").at("model").get_to(result.reference);
             json.at("reference").at("hidden_error").get_to(result.hidden_errors);
+            sequences.at("reference_negative_log_likelihood").get_to(result.sums.reference_negative_log);
             sequences.at("kl_divergence").get_to(result.sums.divergence);
             sequences.at("top1_agreement").get_to(result.sums.same_top);
         }
@@ -167,7 +182,8 @@ Evaluation evaluation_from(const json& json, const std::string& file) {
     const bool whole = count > 0 && result.sums.fingerprints.size() == count &&
                        result.sums.negative_log.size() == count && sum_of(result.sums.tokens) > 0.0 &&
                        (!result.has_reference() ||
-                        (result.sums.divergence.size() == count && result.sums.same_top.size() == count));
+                        (result.sums.reference_negative_log.size() == count &&
+                         result.sums.divergence.size() == count && result.sums.same_top.size() == count));
     if (!whole) throw BadInput("{}: the lists of per_sequence differ in length or are empty", file);
     return result;
 }
@@ -178,10 +194,17 @@ std::string evaluation_text(const Evaluation& evaluation) {
                                    evaluation.sums.tokens.size(), sum_of(evaluation.sums.tokens),
                                    evaluation.bits_per_weight, seconds_text(evaluation.seconds));
     if (!evaluation.has_reference()) return text;
+    const Estimate reference = reference_perplexity_of(evaluation.sums);
     text +=
-        fmt::format("against {}: KL divergence {} nats, top-1 agreement {}\n\n", evaluation.reference,
-                    text_of(divergence_of(evaluation.sums), 5), share_text(agreement_of(evaluation.sums)));
-    return text + hidden_error_table({&evaluation}, {"block", "relative error of hidden states"});
+        fmt::format("against {}: perplexity {} there, KL divergence {} nats, top-1 agreement {}\n",
+                    evaluation.reference, text_of(reference, 4), text_of(divergence_of(evaluation.sums), 5),
+                    share_text(agreement_of(evaluation.sums)));
+    if (evaluation.predicted_ratio) {
+        text +=
+            fmt::format("target_bits: perplexity {:.2f} was predicted, {:.2f} is achieved\n",
+                        *evaluation.predicted_ratio * reference.value, perplexity_of(evaluation.sums).value);
+    }
+    return text + "\n" + hidden_error_table({&evaluation}, {"block", "relative error of hidden states"});
 }
 
 std::string comparison_text(const Evaluation& a, const Evaluation& b) {

@@ -15,8 +15,10 @@ struct SequenceSums {
     std::vector<std::string> fingerprints;  // of the sequences (pipeline/fingerprint.h)
     std::vector<double> tokens;             // that were predicted
     std::vector<double> negative_log;       // −log p of the token that followed, nats
-    std::vector<double> divergence;         // from the reference, nats; empty without one
-    std::vector<double> same_top;           // tokens at which both models expect the same; empty without one
+    // Empty without a reference:
+    std::vector<double> reference_negative_log;
+    std::vector<double> divergence;  // from the reference, nats
+    std::vector<double> same_top;    // tokens at which both models expect the same
 };
 
 // The result of `quantmill eval`, defined in docs/evaluation.md.
@@ -25,6 +27,8 @@ struct Evaluation {
     std::string architecture, source, version, backend;
     SequenceSums sums;
     std::vector<double> hidden_errors;  // of each block, ||h − h_ref|| / ||h_ref||; empty without a reference
+    // Perplexity over the reference's, as the budget of bits that made the model expected it.
+    std::optional<double> predicted_ratio;
     std::uint64_t model_bytes = 0;
     double bits_per_weight = 0.0;  // of the linears of all blocks, all overhead counted
     double seconds = 0.0;
@@ -36,6 +40,7 @@ struct Estimate {
     std::optional<Interval> interval;
 };
 Estimate perplexity_of(const SequenceSums& sums);
+Estimate reference_perplexity_of(const SequenceSums& sums);
 Estimate divergence_of(const SequenceSums& sums);  // mean over tokens
 Estimate agreement_of(const SequenceSums& sums);   // share of tokens
 // perplexity of b − perplexity of a, on the same resamples of the same sequences.

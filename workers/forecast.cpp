@@ -166,9 +166,7 @@ Forecast forecast_original(const PlannedWork& work, const World& world, const Ra
             share_text(slowest.reduce_seconds, slowest.written),
             share_text(slowest.solve_seconds, slowest.written), share_text(rest, slowest.written));
     }
-    const BlockCost one =
-        block_cost(*work.graph, rates, 1.0, static_cast<double>(limits_of(work.shards).length),
-                   search_work(work.grid, rates));
+    const BlockCost one = block_cost(work, rates, 1.0);
     double hessian = 0.0;
     for (const StageWork& stage : stage_work(work.graph->stages, work.graph->attention, 0.0)) {
         hessian += stage.hessian / rates.hessian;

@@ -160,15 +160,6 @@ QuantizedGroup GroupSolver::solve(const Team& team, int block, std::size_t stage
             {}};
 }
 
-std::vector<double> GroupSolver::signal(const Team& team, int block, std::size_t stage,
-                                        const std::vector<LinearWeights>& weights, ConstTensorView factor,
-                                        const FactorOutcome& outcome) const {
-    const LinearGroup& group = group_at(block, stage);
-    const std::vector<RowRange> ranges = solve_ranges(group.rows(), team.control.size());
-    Tensor rows = stored_rows(group, weights, ranges[static_cast<std::size_t>(team.control.rank())]);
-    return sum_by_linear(group, gather_rows(team.control, signal_of_rows(backend_, rows, factor, outcome)));
-}
-
 // Rows of the group's linears, one below the other, in fp32.
 Tensor GroupSolver::stored_rows(const LinearGroup& group, const std::vector<LinearWeights>& weights,
                                 RowRange range) const {

@@ -69,11 +69,6 @@ public:
     // D of all shards from its sums, in its workspace, for solve(). `exponents`: of the Hessian's level 0.
     void finish(CrossAccumulator& cross, const FixedPointExponents& exponents) const;
 
-    // tr(W H Wᵀ) of each linear of the group. Collective.
-    std::vector<double> signal(const Team& team, int block, std::size_t stage,
-                               const std::vector<LinearWeights>& weights, ConstTensorView factor,
-                               const FactorOutcome& outcome) const;
-
     // "model.layers.3.self_attn.q_proj", for messages.
     std::string module(int block, std::size_t stage) const;
 

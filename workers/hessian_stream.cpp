@@ -17,7 +17,8 @@ std::string module_of(const ModelGraph& graph, int block, std::size_t stage) {
 HessianStream::HessianStream(Backend& backend, const ModelGraph& graph, const LayerPlan& plan,
                              LayerLinks& links, int rank, Coordinator& coordinator,
                              std::span<const BatchShard> shards,
-                             const std::vector<std::vector<std::int32_t>>& sequences)
+                             const std::vector<std::vector<std::int32_t>>& sequences,
+                             std::int64_t probe_tokens)
     : backend_(backend),
       graph_(graph),
       links_(links),
@@ -28,6 +29,7 @@ HessianStream::HessianStream(Backend& backend, const ModelGraph& graph, const La
       sweeps_(plan.sweeps.size()),
       last_block_(plan.sweeps.back().back().end - 1),
       job_shards_(static_cast<std::int64_t>(shards.size())),
+      probe_tokens_(probe_tokens),
       hidden_(backend, graph.hidden_size, plan, rank, links, shards),
       forward_(backend, graph, limits_of(shards).tokens, limits_of(shards).length),
       carried_(backend, {limits_of(shards).tokens, BlockForward::carried_width(graph)},
@@ -52,6 +54,14 @@ void HessianStream::run(std::size_t sweep, ConstTensorView embedding, std::vecto
     const Stopwatch wait;
     hidden_.end();
     seconds_waited_ += wait.seconds();
+    if (probe_tokens_ > 0) share_probes(held);
+}
+
+// The rank of the first shard has seen them.
+void HessianStream::share_probes(std::vector<HeldBlock>& held) {
+    const Team group = links_.group();
+    for (HeldBlock& block : held)
+        group.communicator.broadcast(block.probe_input, shard_owner(0, group.control.size()));
 }
 
 void HessianStream::prepare(std::vector<HeldBlock>& held) const {
@@ -62,6 +72,11 @@ void HessianStream::prepare(std::vector<HeldBlock>& held) const {
                     backend_.empty(linear.stored.shape(), backend_.activation_dtype(), "weights of a linear");
                 backend_.convert(linear.stored, linear.forward);
             }
+        }
+        if (probe_tokens_ > 0) {
+            block.probe_input =
+                backend_.empty({probe_tokens_, graph_.hidden_size}, backend_.activation_dtype(),
+                               "hidden states of the first tokens");
         }
         for (const Stage& stage : graph_.stages_of(block.block)) {
             block.hessians.push_back({HessianAccumulator(backend_, stage.group.columns(), job_shards_), {}});
@@ -80,7 +95,11 @@ void HessianStream::report(std::size_t sweep, std::size_t item) {
 
 void HessianStream::compute(const StreamItem& item, TensorView hidden, std::vector<HeldBlock>& held) {
     const TensorView carried = carried_.view().leading({hidden.extent(0), carried_.shape()[1]});
-    for (HeldBlock& block : held) run_block(block, *item.batch, {&item.batch->sequences, hidden, carried});
+    const bool first = item.shard == 0 && item.batch == shards_.front().micro_batches.data();
+    for (HeldBlock& block : held) {
+        if (first && probe_tokens_ > 0) backend_.copy(hidden.rows(0, probe_tokens_), block.probe_input);
+        run_block(block, *item.batch, {&item.batch->sequences, hidden, carried});
+    }
 }
 
 void HessianStream::run_block(HeldBlock& held, const MicroBatch& batch, const BatchState& state) {

@@ -19,16 +19,18 @@ struct HeldBlock {
     BlockWeights weights;
     std::vector<ReducedHessian> hessians;  // [stage]
     std::vector<StageSeconds> seconds;     // [stage], of this rank
+    Tensor probe_input, probe_output;      // [T, hidden_size] of a BlockProbe, where there is one
 };
 
 // Streams the job's hidden states through the blocks of this rank's group and accumulates their Hessians on
 // the way.
 class HessianStream {
 public:
-    // `shards`: of the job; `sequences`: their tokens.
+    // `shards`: of the job; `sequences`: their tokens. The first probe_tokens hidden states that enter a
+    // block become its probe_input, on all ranks of the group.
     HessianStream(Backend& backend, const ModelGraph& graph, const LayerPlan& plan, LayerLinks& links,
                   int rank, Coordinator& coordinator, std::span<const BatchShard> shards,
-                  const std::vector<std::vector<std::int32_t>>& sequences);
+                  const std::vector<std::vector<std::int32_t>>& sequences, std::int64_t probe_tokens = 0);
 
     // The first group needs the embedding's table for the first sweep.
     bool needs_embedding(std::size_t sweep) const { return group_ == 0 && sweep == 0; }
@@ -45,6 +47,7 @@ private:
     void compute(const StreamItem& item, TensorView hidden, std::vector<HeldBlock>& held);
     void run_block(HeldBlock& held, const MicroBatch& batch, const BatchState& state);
     void close_shard(const BatchShard& shard, std::vector<HeldBlock>& held);
+    void share_probes(std::vector<HeldBlock>& held);
     void agree_on_exponents(std::vector<HeldBlock>& held);
     void report(std::size_t sweep, std::size_t item);
 
@@ -58,6 +61,7 @@ private:
     std::size_t sweeps_;
     int last_block_;  // lm_head, or the last block before it
     std::int64_t job_shards_;
+    std::int64_t probe_tokens_;
     HiddenStream hidden_;
     BlockForward forward_;
     Tensor carried_;  // [largest micro-batch, carried_width]

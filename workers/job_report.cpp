@@ -102,7 +102,7 @@ std::vector<LinearReport> gather_linears(const PreparedJob& job, Control& contro
                         l.bits,
                         l.group_size,
                         l.loss,
-                        l.signal,
+                        l.block_error,
                         l.mean_squared_error,
                         l.tokens,
                         l.damp_percent,

@@ -6,6 +6,7 @@
 
 #include "kernels/cpu/free_memory.h"
 #include "pipeline/hessian.h"
+#include "workers/block_probe.h"
 #include "workers/calibration_batches.h"
 #include "workers/hidden_stream.h"
 
@@ -33,7 +34,7 @@ std::uint64_t bytes_of_block(const PlannedWork& work) {
     std::uint64_t bytes = static_cast<std::uint64_t>(work.graph->block_parameters()) *
                           (work.stored_bytes + size_of(work.activation));
     for (const Stage& stage : work.graph->stages) bytes += HessianAccumulator::bytes(stage.group.columns());
-    return bytes;
+    return bytes + BlockProbe::block_bytes(*work.graph, work.probe_tokens, work.activation);
 }
 
 struct RankLoad {
@@ -71,7 +72,7 @@ std::uint64_t scratch_bytes(const PlannedWork& work, bool first_group) {
         // Rows in fp32, the same dequantized, and their codes.
         solve = std::max(solve, static_cast<std::uint64_t>(stage.group.rows() * stage.group.columns()) * 9);
     }
-    bytes += solve;
+    bytes += solve + BlockProbe::scratch_bytes(graph, work.probe_tokens, work.activation);
     if (first_group) {
         bytes += static_cast<std::uint64_t>(graph.vocab_size * graph.hidden_size) * work.stored_bytes;
     }
@@ -100,9 +101,7 @@ int blocks_that_fit(const PlannedWork& work, const World& world, const std::vect
 
 std::vector<double> block_costs(const PlannedWork& work, const Rates& rates) {
     const double tokens = static_cast<double>(tokens_of_shards(work.shards));
-    const BlockCost cost =
-        block_cost(*work.graph, rates, tokens, static_cast<double>(limits_of(work.shards).length),
-                   search_work(work.grid, rates));
+    const BlockCost cost = block_cost(work, rates, tokens);
     std::vector<double> costs(static_cast<std::size_t>(work.graph->blocks),
                               cost.stream + work.factors * cost.factors() + work.solves * cost.solves());
     const LinearGroup& last = work.graph->stages.back().group;
@@ -236,6 +235,7 @@ PlannedWork planned_work(std::span<const PreparedJob> outputs, const Backend& ba
     work.graph = &job.graph;
     if (const auto& usual = job.scheme.options_at(0, 0)) work.grid = usual->grid;
     work.shards = job.shards;
+    if (job.measures) work.probe_tokens = BlockProbe::sequences_of(job.shards).tokens();
     work.activation = backend.activation_dtype();
     work.stored_bytes =
         size_of(dtype_from_safetensors(job.reader.find(job.graph.embedding).dtype).value_or(DType::f32));
@@ -247,6 +247,17 @@ PlannedWork planned_work(std::span<const PreparedJob> outputs, const Backend& ba
         if (!same_factor(outputs[o - 1].scheme.usual(), outputs[o].scheme.usual())) work.factors += 1.0;
     }
     return work;
+}
+
+BlockCost block_cost(const PlannedWork& work, const Rates& rates, double tokens) {
+    const auto length = static_cast<double>(limits_of(work.shards).length);
+    BlockCost cost = block_cost(*work.graph, rates, tokens, length, search_work(work.grid, rates));
+    double forward = 0.0;  // of a token
+    for (const StageWork& stage : stage_work(work.graph->stages, work.graph->attention, length)) {
+        forward += stage.forward / rates.forward + stage.attention / rates.attention;
+    }
+    for (double& solve : cost.solve) solve += static_cast<double>(work.probe_tokens) * forward;
+    return cost;
 }
 
 double items_in_stream(const PlannedWork& work, const LayerPlan& plan) {
@@ -263,8 +274,7 @@ double items_in_stream(const PlannedWork& work, const LayerPlan& plan) {
 std::vector<GroupTimeline> simulate(const PlannedWork& work, const World& world, const Rates& rates,
                                     const LayerPlan& plan) {
     const ModelGraph& graph = *work.graph;
-    const auto length = static_cast<double>(limits_of(work.shards).length);
-    const BlockCost one_token = block_cost(graph, rates, 1.0, length, search_work(work.grid, rates));
+    const BlockCost one_token = block_cost(work, rates, 1.0);
     const double block_bytes =
         static_cast<double>(graph.block_parameters()) * static_cast<double>(work.stored_bytes);
     const double embedding =

@@ -38,10 +38,13 @@ struct PlannedWork {
     std::size_t stored_bytes = 2;                  // of a weight in the checkpoint
     double read_bytes = 0.0, written_bytes = 0.0;  // of all tensors
     double factors = 1.0, solves = 1.0;            // of each Hessian: several outputs need several
+    std::int64_t probe_tokens = 0;                 // of a BlockProbe, after each solve
     QuantizationGrid grid;                         // of the first output
 };
 // Of a job that writes these checkpoints.
 PlannedWork planned_work(std::span<const PreparedJob> outputs, const Backend& backend);
+// Of one block: a BlockProbe's forward passes count as solving.
+BlockCost block_cost(const PlannedWork& work, const Rates& rates, double tokens);
 // Whether two outputs can share the factor of a Hessian.
 bool same_factor(const GptqOptions& a, const GptqOptions& b);
 

@@ -74,13 +74,12 @@ void require_hessian_stores(const PreparedJob& job, Control& control) {
 }
 
 LayerRun::LayerRun(const std::vector<PreparedJob>& outputs, const LayerPlan& plan, Control& control,
-                   Backend& backend, Coordinator& coordinator, Purpose purpose)
+                   Backend& backend, Coordinator& coordinator)
     : outputs_(outputs),
       plan_(plan),
       control_(control),
       backend_(backend),
       coordinator_(coordinator),
-      purpose_(purpose),
       group_(static_cast<std::size_t>(plan.group_of(control.rank()))),
       links_(control, backend, outputs.front().spec.compute.communicator, plan,
              outputs.front().shards.size()),
@@ -100,7 +99,10 @@ LayerRun::LayerRun(const std::vector<PreparedJob>& outputs, const LayerPlan& pla
         saved_ = std::make_unique<HessianStore>(calibration.save_hessians, job().graph,
                                                 hessian_origin(job(), control), job().head);
     }
-    if (purpose_ == Purpose::measure) return;
+    if (job().measures) {
+        probe_ = std::make_unique<BlockProbe>(backend, job().graph, job().shards);
+        return;
+    }
     open_outputs();
     expect_deliveries();
 }
@@ -132,15 +134,16 @@ void LayerRun::expect_deliveries() {
 
 std::vector<std::vector<LinearReport>> LayerRun::run() {
     const Stopwatch watch;
-    if (purpose_ == Purpose::write) coordinator_.report("copying tensors that stay as they are", 0.0);
+    if (!job().measures) coordinator_.report("copying tensors that stay as they are", 0.0);
     for (const auto& output : written_) output->copy_untouched();
     if (!given_) {
         stream_ = std::make_unique<HessianStream>(backend_, job().graph, plan_, links_, control_.rank(),
-                                                  coordinator_, job().shards, job().calibration.sequences);
+                                                  coordinator_, job().shards, job().calibration.sequences,
+                                                  probe_ ? probe_->tokens() : 0);
     }
     prefetch(0);
     for (std::size_t sweep = 0; sweep < plan_.sweeps.size(); ++sweep) run_sweep(sweep);
-    if (purpose_ == Purpose::write) {
+    if (!job().measures) {
         coordinator_.report("writing", 1.0);
         const Stopwatch tail;
         delivery_->finish();
@@ -193,7 +196,7 @@ std::vector<HeldBlock> LayerRun::load_blocks(BlockRange range) {
     std::vector<HeldBlock> held;
     for (int block = range.begin; block < range.end; ++block) {
         const Stopwatch watch;
-        held.push_back({block, loader_.load_block(block), {}, {}});
+        held.push_back({block, loader_.load_block(block), {}, {}, {}, {}});
         held.back().seconds.resize(job().graph.stages_of(block).size());
         if (block + 1 < range.end) loader_.prefetch_block(block + 1);
         load_seconds_[block] = watch.seconds();
@@ -333,7 +336,6 @@ void LayerRun::solve_outputs(const SolveTask& task, const Team& team, HeldBlock&
     const std::vector<LinearWeights>& weights = held.weights.stages[task.stage];
     FactorOutcome outcome;
     std::optional<GptqOptions> factored;  // how the factor at hand was made
-    std::vector<double> signal(group.linears.size(), 0.0);
     for (std::size_t o = 0; o < outputs_.size(); ++o) {
         const std::optional<GptqOptions>& options = outputs_[o].scheme.options_at(task.block, task.stage);
         if (!options) continue;
@@ -345,10 +347,7 @@ void LayerRun::solve_outputs(const SolveTask& task, const Team& team, HeldBlock&
             outcome = GroupSolver::share(team, 0, outcome, factor);
             seconds.factor = watch.restart();
             factored = options;
-            if (purpose_ == Purpose::measure) {
-                signal = solvers_[o].signal(team, task.block, task.stage, weights, factor, outcome);
-            }
-            if (purpose_ == Purpose::write) delivery_->poll();
+            if (!job().measures) delivery_->poll();
         }
         report(task, "solving rows");
         const Tensor damped = solvers_[o].share_damped(team, 0, task.block, task.stage, outcome, hessian);
@@ -359,12 +358,22 @@ void LayerRun::solve_outputs(const SolveTask& task, const Team& team, HeldBlock&
         result.seconds = seconds;
         const double io = task.stage == 0 ? load_seconds_.at(task.block) : 0.0;
         auto linears = report_group(outputs_[o], task.block, task.stage, result, io);
-        for (std::size_t l = 0; l < linears.size(); ++l) linears[l].signal = signal[l];
+        if (probe_) {
+            const double error = block_error(task, held, result.quantized);
+            for (LinearReport& linear : linears) linear.block_error = error;
+        }
         reports_[o].insert(reports_[o].end(), linears.begin(), linears.end());
-        if (purpose_ == Purpose::measure) continue;
+        if (job().measures) continue;
         written_[o]->write_group(task.block, group, result.quantized, weights,
                                  delivery_->deliver(o, tensors_of(job().graph, task)));
     }
+}
+
+// On the rank that leads a team.
+double LayerRun::block_error(const SolveTask& task, HeldBlock& held, const QuantizedLinear& quantized) {
+    report(task, "measuring its block's outputs");
+    if (held.probe_output.empty()) held.probe_output = probe_->output(held.weights, held.probe_input);
+    return probe_->error(held.weights, task.stage, quantized, held.probe_input, held.probe_output);
 }
 
 void LayerRun::finish(const std::vector<Report>& reports) {

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "pipeline/hessian_store.h"
+#include "workers/block_probe.h"
 #include "workers/hessian_stream.h"
 #include "workers/job_report.h"
 #include "workers/layer_solves.h"
@@ -27,15 +28,13 @@ void require_hessian_stores(const PreparedJob& job, Control& control);
 // differ in their quantization; `outputs` has a job for each and the same model and calibration in all.
 class LayerRun {
 public:
-    // What becomes of the solved groups: `measure` drops them after their losses and signals are known.
-    enum class Purpose : std::uint8_t { write, measure };
-
     // Collective, as is run().
     LayerRun(const std::vector<PreparedJob>& outputs, const LayerPlan& plan, Control& control,
-             Backend& backend, Coordinator& coordinator, Purpose purpose = Purpose::write);
+             Backend& backend, Coordinator& coordinator);
 
-    // Quantizes all blocks and hands every tensor to the rank that writes it. Returns the linears of each
-    // output, on all ranks. Only of a run that writes: finish() and describe().
+    // Quantizes all blocks and hands every tensor to the rank that writes it, or measures what that does to
+    // the outputs of blocks (PreparedJob::measures). Returns the linears of each output, on all ranks. Only
+    // of a run that writes: finish() and describe().
     std::vector<std::vector<LinearReport>> run();
     // Closes the checkpoints; a report for each. Collective.
     void finish(const std::vector<Report>& reports);
@@ -60,6 +59,7 @@ private:
     void solve_task(const SolveTask& task, const Team& team, HeldBlock& held);
     void solve_outputs(const SolveTask& task, const Team& team, HeldBlock& held, ReducedHessian* hessian,
                        TensorView factor);
+    double block_error(const SolveTask& task, HeldBlock& held, const QuantizedLinear& quantized);
     void report(const SolveTask& task, const char* doing);
 
     const std::vector<PreparedJob>& outputs_;
@@ -67,12 +67,12 @@ private:
     Control& control_;
     Backend& backend_;
     Coordinator& coordinator_;
-    Purpose purpose_;
     std::size_t group_;
     LayerLinks links_;
     WeightLoader loader_;
     std::unique_ptr<HessianStream> stream_;
     std::unique_ptr<HessianStore> given_, saved_;
+    std::unique_ptr<BlockProbe> probe_;                       // that measures
     std::vector<GroupSolver> solvers_;                        // [output]
     std::vector<std::unique_ptr<CheckpointOutput>> written_;  // [output]
     std::unique_ptr<TensorDelivery> delivery_;

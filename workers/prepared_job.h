@@ -21,7 +21,8 @@ struct PreparedJob {
     std::vector<BatchShard> shards;
     QuantizationScheme scheme;
     OutputLayout layout;
-    bool head = false;  // this checkpoint, or another one of the job, quantizes lm_head
+    bool head = false;      // this checkpoint, or another one of the job, quantizes lm_head
+    bool measures = false;  // what its linears do to their blocks is all that is wanted; nothing is written
 };
 
 // Throws BadInput for whatever is wrong with the model directory, the calibration store or their fit.

@@ -298,9 +298,7 @@ void Worker::use_quantized(std::size_t stage, const QuantizedLinear& quantized, 
     std::int64_t row = 0;
     for (LinearWeights& linear : weights.stages[stage]) {
         const std::int64_t rows = linear.stored.shape()[0];
-        linear.forward =
-            backend_.empty(linear.stored.shape(), backend_.activation_dtype(), "quantized weights");
-        backend_.dequantize(quantized.rows(row, row + rows), quantized.g_idx, linear.forward);
+        linear.forward = forward_weights(backend_, quantized, row, row + rows);
         linear.stored = {};
         row += rows;
     }

@@ -68,21 +68,24 @@ def test_numbers_are_those_of_the_logits(quantmill: Run, tiny: Models, tmp_path:
     reference = logits_of(quantmill, tiny.original, tiny.held_out, file)
     for model in tiny.quantized.values():
         got = evaluate(quantmill, tmp_path / "eval.json", "--model", model, "--tokens", tiny.held_out, "--reference", tiny.original)
-        loss, divergence, same = [], [], []
+        loss, expected, divergence, same = [], [], [], []
         for ids, theirs, ours in zip(tiny.sequences, reference, logits_of(quantmill, model, tiny.held_out, file), strict=True):
             p, q = log_softmax(theirs[:-1]), log_softmax(ours[:-1])
             loss.append(-q[np.arange(len(ids) - 1), ids[1:]].sum())
+            expected.append(-p[np.arange(len(ids) - 1), ids[1:]].sum())
             divergence.append((np.exp(p) * (p - q)).sum())
             same.append((p.argmax(axis=1) == q.argmax(axis=1)).sum())
         tokens = [len(ids) - 1 for ids in tiny.sequences]
         lists = got["per_sequence"]
         assert lists["tokens"] == tokens
         np.testing.assert_allclose(lists["negative_log_likelihood"], loss, rtol=1e-12)
+        np.testing.assert_allclose(lists["reference_negative_log_likelihood"], expected, rtol=1e-12)
         np.testing.assert_allclose(lists["kl_divergence"], divergence, rtol=1e-9, atol=1e-12)
         assert lists["top1_agreement"] == same
         count = sum(tokens)
         assert got["tokens"] == count
         assert got["perplexity"] == pytest.approx(np.exp(sum(loss) / count), rel=1e-12)
+        assert got["reference"]["perplexity"] == pytest.approx(np.exp(sum(expected) / count), rel=1e-12)
         assert got["reference"]["kl_divergence"] == pytest.approx(sum(divergence) / count, rel=1e-9)
         assert got["reference"]["top1_agreement"] == pytest.approx(sum(same) / count, rel=1e-12)
         low, high = got["perplexity_interval"]

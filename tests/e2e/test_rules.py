@@ -181,15 +181,21 @@ def test_a_budget_of_bits(quantmill: Run, tmp_path: Path, propagate: str) -> Non
         for choice in budget["groups"]:
             losses = [choice["losses"][str(bits)] for bits in (2, 3, 4, 8)]
             assert losses == sorted(losses, reverse=True)
-            assert 0 < losses[-1] < 0.01 < losses[0] < 3
+            assert 0 < losses[-1] < 0.001 < losses[0] < 1
         uniform = [budget["uniform_loss"][str(bits)] for bits in (2, 3, 4, 8)]
         assert uniform[0] > budget["predicted_loss"] > uniform[3]
         predicted.append(budget["predicted_loss"])
+        assert budget["predicted_perplexity_ratio"] == pytest.approx(np.exp(2 * predicted[-1]))
         quantmill("inspect", output)
         words[-1] = f"output.directory={tmp_path / f'{target}-3'}"
         quantmill("run", job, *words, ranks=3)
         assert digests(tmp_path / f"{target}-3") == digests(output)
     assert predicted == sorted(predicted, reverse=True)
+    held_out = write_store(tmp_path / "held_out.h5", random_sequences(9, 70, seed=1, vocabulary=VOCABULARY), model, VOCABULARY)
+    words = ["--model", output, "--tokens", held_out, "--reference", model, "--json", tmp_path / "eval.json"]
+    assert "was predicted" in quantmill("eval", *words).stdout
+    reference = json.loads((tmp_path / "eval.json").read_text())["reference"]
+    assert reference["predicted_perplexity"] == pytest.approx(budget["predicted_perplexity_ratio"] * reference["perplexity"])
     done = quantmill("run", job, "--set", "quantization.target_bits=2", code=2)
     assert "the fewest bits that this job can store take" in done.stderr
 

@@ -63,20 +63,5 @@ TEST(BitBudget, ChoosesByHand) {
     testing::expect_error<BadInput>([&] { choose_options(groups, 599); }, {"600 bits", "599"});
 }
 
-TEST(BitBudget, MediansAreOfAKindAndItsBits) {
-    Groups groups{{{2, 200, 8.0}, {3, 300, 2.0}},
-                  {{2, 200, 9.0}, {3, 300, 3.0}},
-                  {{2, 200, 0.1}},
-                  {{2, 200, 7.0}, {3, 300, 0.2}},
-                  {{2, 200, 0.3}}};
-    raise_to_medians(groups, {0, 0, 1, 0, 1});
-    std::vector<std::vector<double>> losses;
-    for (const std::vector<BitOption>& group : groups) {
-        auto& own = losses.emplace_back();
-        for (const BitOption& option : group) own.push_back(option.loss);
-    }
-    EXPECT_EQ(losses, (std::vector<std::vector<double>>{{8, 2}, {9, 3}, {0.1}, {8, 2}, {0.3}}));
-}
-
 }  // namespace
 }  // namespace quantmill

@@ -112,7 +112,8 @@ TEST_F(Planner, MeasuresWhenAsked) {
     }
 }
 
-// A pass of the original model, a factor and four solves of each Hessian, and all blocks' Hessians at once.
+// A pass of the original model, a factor and four solves of each Hessian, after each of which the first
+// shard's tokens pass the block, and all blocks' Hessians at once.
 TEST_F(Planner, ABudgetOfBitsIsMeasuredFirst) {
     const PlannedTime without =
         make_plan(job(), *control_, *backend_, "mpi", true).time.value_or(PlannedTime{});
@@ -126,8 +127,13 @@ TEST_F(Planner, ABudgetOfBitsIsMeasuredFirst) {
     const BlockCost cost =
         block_cost(graph, rates, 600, 30, search_work(prepared.scheme.usual().grid, rates));
     const auto weights = static_cast<double>(2 * graph.block_parameters() + 128 * 64);
+    double forward = 0.0;
+    for (const StageWork& stage : stage_work(graph.stages, graph.attention, 30)) {
+        forward += stage.forward / rates.forward + stage.attention / rates.attention;
+    }
+    const double probes = 4 * 4 * static_cast<double>(prepared.shards.front().tokens()) * forward;
     EXPECT_NEAR(time.measuring,
-                2 * (cost.stream + cost.factors() + 4 * cost.solves()) + 2 * weights / rates.disk,
+                2 * (cost.stream + cost.factors() + 4 * cost.solves() + probes) + 2 * weights / rates.disk,
                 1e-6 * time.measuring);
     EXPECT_NEAR(time.total(),
                 time.forward + time.hessian + time.factor + time.solve + time.io + time.measuring, 1e-9);
