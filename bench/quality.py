@@ -54,6 +54,12 @@ OURS: dict[str, Record] = {
     "GAR, hessian, signed, alpha 1": SIGNED | {"error_propagation_alpha": 1},
     "GAR, hessian, signed, damp 0.005": SIGNED | {"damp_percent": 0.005},
     "GAR, hessian, signed, alpha 1, damp 0.005": SIGNED | {"error_propagation_alpha": 1, "damp_percent": 0.005},
+    # What `balanced` and `best` might become.
+    "GAR, hessian, signed, damp auto": SIGNED | {"damp_percent": "auto"},
+    "GAR, hessian, signed, alpha 1, damp 0.1": SIGNED | {"error_propagation_alpha": 1, "damp_percent": 0.1},
+    "GAR, hessian, signed, refit, 2 sweeps, alpha 1": SIGNED | {"refit": True, "sweeps": 2, "error_propagation_alpha": 1},
+    "GAR, hessian, signed, refit, 2 sweeps, alpha 1, damp 0.1": SIGNED
+    | {"refit": True, "sweeps": 2, "error_propagation_alpha": 1, "damp_percent": 0.1},
     "plain, original": {"preset": "plain", "propagate": "original"},
     "balanced, original": {"preset": "balanced", "propagate": "original"},
     "gptqmodel": {"preset": "gptqmodel"},

@@ -66,7 +66,8 @@ void add_hessian_stores(const PreparedJob& job, Control& control, Plan& plan) {
     if (!obstacle.empty()) plan.problems.push_back(obstacle);
     if (!spec.hessians.empty()) {
         plan.calibration.hessians =
-            fmt::format("Hessians come from {}: the model is not run", spec.hessians.string());
+            fmt::format("Hessians come from {}: the model is {}", spec.hessians.string(),
+                        job.spec.quantization.target_bits ? "run for target_bits only" : "not run");
     }
     if (spec.save_hessians.empty()) return;
     const std::uint64_t needed = HessianStore(spec.save_hessians, job.graph, {}, job.head).bytes();

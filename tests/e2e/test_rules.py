@@ -187,9 +187,8 @@ def test_a_budget_of_bits(quantmill: Run, tmp_path: Path, propagate: str) -> Non
         predicted.append(budget["predicted_loss"])
         assert budget["predicted_perplexity_ratio"] == pytest.approx(np.exp(2 * predicted[-1]))
         quantmill("inspect", output)
-        words[-1] = f"output.directory={tmp_path / f'{target}-3'}"
-        quantmill("run", job, *words, ranks=3)
-        assert digests(tmp_path / f"{target}-3") == digests(output)
+    quantmill("run", job, *words[:-1], f"output.directory={tmp_path / 'three-ranks'}", ranks=3)
+    assert digests(tmp_path / "three-ranks") == digests(output)
     assert predicted == sorted(predicted, reverse=True)
     held_out = write_store(tmp_path / "held_out.h5", random_sequences(9, 70, seed=1, vocabulary=VOCABULARY), model, VOCABULARY)
     words = ["--model", output, "--tokens", held_out, "--reference", model, "--json", tmp_path / "eval.json"]
