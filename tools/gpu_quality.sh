@@ -4,9 +4,9 @@
 # PROGRAMS: a folder with quantmill; DEMO: one with SmolLM2-135M-Instruct, calib.h5 and eval.h5 (tools/gpu_bundle.sh --demo).
 # Figures go on from bench/quality.json in WORK/quality.json. Steps, one after the other:
 #   times   seconds of a run of each row at 4 bits
-#   table   all rows, four orders, five runs side by side: 3 minutes
+#   table   what the figures lack of all rows in four orders, five runs side by side: 2.5 seconds a run, 12 minutes for all
 #   budget  bench/bit_budget.py: a minute
-#   peers   GPTQModel's best settings (in PYTHONPATH: bench/peers/bundle.sh), twelve runs side by side: 5 minutes. They share
+#   peers   GPTQModel's best settings (in PYTHONPATH: bench/peers/bundle.sh), twelve runs side by side: 4 minutes. They share
 #           the GPU through NVIDIA's MPS, without which they take turns and three times as long.
 set -euo pipefail
 cd "$(dirname "$0")/.."
