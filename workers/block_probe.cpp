@@ -10,14 +10,6 @@ namespace {
 // Enough: on SmolLM2 errors over 512 tokens predict the divergence of the model's outputs (docs/quality.md).
 constexpr std::int64_t kTokens = 1024;
 
-std::int64_t longest(const Sequences& sequences) {
-    std::int64_t length = 0;
-    for (std::size_t s = 1; s < sequences.offsets.size(); ++s) {
-        length = std::max<std::int64_t>(length, sequences.offsets[s] - sequences.offsets[s - 1]);
-    }
-    return length;
-}
-
 }  // namespace
 
 Sequences BlockProbe::sequences_of(std::span<const BatchShard> shards) {
@@ -42,7 +34,7 @@ std::size_t BlockProbe::block_bytes(const ModelGraph& graph, std::int64_t tokens
 BlockProbe::BlockProbe(Backend& backend, const ModelGraph& graph, std::span<const BatchShard> shards)
     : backend_(backend),
       sequences_(sequences_of(shards)),
-      forward_(backend, graph, sequences_.tokens(), longest(sequences_)),
+      forward_(backend, graph, sequences_.tokens(), limits_of(shards).length),
       carried_(backend, {sequences_.tokens(), BlockForward::carried_width(graph)}, backend.activation_dtype(),
                "inputs carried between stages"),
       errors_(backend, graph.hidden_size) {}

@@ -70,8 +70,7 @@ BlockCost block_cost(const ModelGraph& graph, const Rates& rates, double tokens,
                      double search) {
     BlockCost cost;
     for (const StageWork& work : stage_work(graph.stages, graph.attention, length)) {
-        cost.stream += tokens * (work.forward / rates.forward + work.attention / rates.attention +
-                                 work.hessian / rates.hessian);
+        cost.stream += tokens * (rates.forward_seconds(work) + work.hessian / rates.hessian);
         cost.factor.push_back(rates.factor_seconds(work));
         cost.solve.push_back((work.solve + search * work.weights) / rates.solve);
     }

@@ -39,6 +39,9 @@ struct Rates {
     // Operations of a solve that trying one scale takes for one weight, its error squared or to a power.
     double squared_trial = 0.0, power_trial = 0.0;
 
+    double forward_seconds(const StageWork& work) const {  // a token
+        return work.forward / forward + work.attention / attention;
+    }
     double factor_seconds(const StageWork& work) const {
         return work.factor / factor + work.columns * seconds_per_column;
     }

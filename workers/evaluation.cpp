@@ -189,8 +189,9 @@ Evaluation evaluation_from(const json& json, const std::string& file) {
 }
 
 std::string evaluation_text(const Evaluation& evaluation) {
+    const Estimate perplexity = perplexity_of(evaluation.sums);
     std::string text = fmt::format("{}  perplexity {}  ({} sequences, {} tokens, {:.2f} bits a weight, {})\n",
-                                   evaluation.architecture, text_of(perplexity_of(evaluation.sums), 4),
+                                   evaluation.architecture, text_of(perplexity, 4),
                                    evaluation.sums.tokens.size(), sum_of(evaluation.sums.tokens),
                                    evaluation.bits_per_weight, seconds_text(evaluation.seconds));
     if (!evaluation.has_reference()) return text;
@@ -200,9 +201,8 @@ std::string evaluation_text(const Evaluation& evaluation) {
                     evaluation.reference, text_of(reference, 4), text_of(divergence_of(evaluation.sums), 5),
                     share_text(agreement_of(evaluation.sums)));
     if (evaluation.predicted_ratio) {
-        text +=
-            fmt::format("target_bits: perplexity {:.2f} was predicted, {:.2f} is achieved\n",
-                        *evaluation.predicted_ratio * reference.value, perplexity_of(evaluation.sums).value);
+        text += fmt::format("target_bits: perplexity {:.2f} was predicted, {:.2f} is achieved\n",
+                            *evaluation.predicted_ratio * reference.value, perplexity.value);
     }
     return text + "\n" + hidden_error_table({&evaluation}, {"block", "relative error of hidden states"});
 }

@@ -53,7 +53,7 @@ BlockTime block_time(const PlannedWork& work, const World& world, const Rates& r
     std::vector<double> factors;
     const double passes = (true_sequential ? 1.0 : 2.0) + (error_propagation ? 1.0 : 0.0);
     for (const StageWork& stage : stage_work(work.graph->stages, work.graph->attention, length)) {
-        time.forward += passes * tokens * (stage.forward / rates.forward + stage.attention / rates.attention);
+        time.forward += passes * tokens * rates.forward_seconds(stage);
         time.hessian +=
             (error_propagation ? kPropagatedHessian : 1.0) * tokens * stage.hessian / rates.hessian;
         factors.push_back(rates.factor_seconds(stage));

@@ -95,7 +95,7 @@ void HessianStream::report(std::size_t sweep, std::size_t item) {
 
 void HessianStream::compute(const StreamItem& item, TensorView hidden, std::vector<HeldBlock>& held) {
     const TensorView carried = carried_.view().leading({hidden.extent(0), carried_.shape()[1]});
-    const bool first = item.shard == 0 && item.batch == shards_.front().micro_batches.data();
+    const bool first = item.batch == shards_.front().micro_batches.data();
     for (HeldBlock& block : held) {
         if (first && probe_tokens_ > 0) backend_.copy(hidden.rows(0, probe_tokens_), block.probe_input);
         run_block(block, *item.batch, {&item.batch->sequences, hidden, carried});

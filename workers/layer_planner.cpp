@@ -254,7 +254,7 @@ BlockCost block_cost(const PlannedWork& work, const Rates& rates, double tokens)
     BlockCost cost = block_cost(*work.graph, rates, tokens, length, search_work(work.grid, rates));
     double forward = 0.0;  // of a token
     for (const StageWork& stage : stage_work(work.graph->stages, work.graph->attention, length)) {
-        forward += stage.forward / rates.forward + stage.attention / rates.attention;
+        forward += rates.forward_seconds(stage);
     }
     for (double& solve : cost.solve) solve += static_cast<double>(work.probe_tokens) * forward;
     return cost;
