@@ -98,37 +98,42 @@ std::string gptq_obstacle(std::int64_t rows, std::int64_t columns, const Quantiz
     return {};
 }
 
+EncodedLinear::HostMemory::HostMemory(Backend& backend, std::int64_t rows, std::int64_t columns,
+                                      const QuantizationGrid& grid) {
+    const auto buffer = [&](std::int64_t count, DType dtype) {
+        return backend.host_buffer(static_cast<std::size_t>(count) * size_of(dtype), "linears to be written");
+    };
+    const std::int64_t groups = grid.groups(columns);
+    qweight = buffer(columns * grid.bits / 32 * rows, DType::i32);
+    scales = buffer(rows * groups, DType::f16);
+    zeros = buffer(rows * groups, DType::u8);
+}
+
 EncodedLinear::EncodedLinear(Backend& backend, CopyLane& lane, const QuantizedLinear& quantized,
                              std::int64_t begin, std::int64_t end)
     : grid_(quantized.grid),
       rows_(static_cast<std::size_t>(end - begin)),
       groups_(static_cast<std::size_t>(grid_.groups(quantized.columns()))),
-      g_idx_(quantized.g_idx) {
+      g_idx_(quantized.g_idx),
+      host_(backend, end - begin, quantized.columns(), grid_) {
     const ConstQuantizedViews views = quantized.rows(begin, end);
     Tensor packed =
         backend.empty({quantized.columns() * grid_.bits / 32, end - begin}, DType::i32, "packed codes");
     backend.pack(views.codes, grid_.bits, packed);
     lane.after(*backend.record());
-    const auto download = [&](ConstTensorView view) {
-        HostBuffer buffer = backend.host_buffer(view.size_bytes(), "a linear to be written");
-        lane.download(view, buffer.data());
-        return buffer;
-    };
-    qweight_ = download(packed);
-    scales_ = download(views.scales);
-    zeros_ = download(views.zeros);
+    lane.download(packed, host_.qweight.data());
+    lane.download(views.scales, host_.scales.data());
+    lane.download(views.zeros, host_.zeros.data());
     arrived_ = lane.record();
     backend.after(*arrived_);  // before the tensors' memory is used again
 }
 
-std::size_t EncodedLinear::bytes() const { return qweight_.size() + scales_.size() + zeros_.size(); }
-
 void EncodedLinear::write(const std::string& prefix, GptqFormat format, const Sink& sink) const {
     arrived_->wait();
-    sink(prefix + ".qweight", qweight_.data(), qweight_.size());
-    const auto zeros = pack_zeros(zeros_, rows_, groups_, grid_.bits, format);
+    sink(prefix + ".qweight", host_.qweight.data(), host_.qweight.size());
+    const auto zeros = pack_zeros(host_.zeros, rows_, groups_, grid_.bits, format);
     sink(prefix + ".qzeros", zeros.data(), zeros.size() * sizeof(zeros[0]));
-    const auto scales = transposed(values_of<std::uint16_t>(scales_), rows_, groups_);
+    const auto scales = transposed(values_of<std::uint16_t>(host_.scales), rows_, groups_);
     sink(prefix + ".scales", scales.data(), scales.size() * sizeof(scales[0]));
     sink(prefix + ".g_idx", g_idx_.data(), g_idx_.size() * sizeof(g_idx_[0]));
 }

@@ -33,9 +33,16 @@ std::string gptq_obstacle(std::int64_t rows, std::int64_t columns, const Quantiz
 // lane.
 class EncodedLinear {
 public:
+    // What one of this shape keeps on the host: codes as packed; scales and zeros [R, G].
+    struct HostMemory {
+        HostMemory(Backend& backend, std::int64_t rows, std::int64_t columns, const QuantizationGrid& grid);
+        std::size_t bytes() const { return qweight.size() + scales.size() + zeros.size(); }
+        HostBuffer qweight, scales, zeros;
+    };
+
     EncodedLinear(Backend& backend, CopyLane& lane, const QuantizedLinear& quantized, std::int64_t begin,
                   std::int64_t end);
-    std::size_t bytes() const;
+    std::size_t bytes() const { return host_.bytes(); }
 
     using Sink = std::function<void(const std::string& name, const void* data, std::size_t bytes)>;
     // Waits for the download, then hands the tensors of linear `prefix` to sink. On any thread.
@@ -45,7 +52,7 @@ private:
     QuantizationGrid grid_;
     std::size_t rows_, groups_;
     std::vector<std::int32_t> g_idx_;
-    HostBuffer qweight_, scales_, zeros_;  // as packed; [R, G]; [R, G]
+    HostMemory host_;
     EventPtr arrived_;
 };
 

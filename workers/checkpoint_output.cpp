@@ -132,6 +132,22 @@ CheckpointOutput::CheckpointOutput(const PreparedJob& job, Control& control, Bac
       lane_(backend.make_copy_lane()),
       writes_(kMostWaiting) {}
 
+void CheckpointOutput::pin_ahead() {
+    writes_.submit(0, [this] {
+        std::vector<EncodedLinear::HostMemory> pinned;  // given back together, for write_group to take again
+        std::size_t bytes = 0;
+        for_each_quantized(
+            job_.graph, job_.scheme,
+            [&](int, std::size_t, const LinearGroup& group, const GptqOptions& options) {
+                for (const Linear& linear : group.linears) {
+                    if (bytes >= kMostWaiting) return;
+                    const QuantizationGrid grid = grid_for(options.grid, linear.columns);
+                    bytes += pinned.emplace_back(backend_, linear.rows, linear.columns, grid).bytes();
+                }
+            });
+    });
+}
+
 void CheckpointOutput::copy_untouched() {
     for (const std::string& name : job_.layout.copied) {
         if (writer_.owns(name)) writes_.submit(kReadPiece, [this, name] { copy_tensor(name); });

@@ -30,6 +30,9 @@ public:
     CheckpointOutput(const PreparedJob& job, Control& control, Backend& backend,
                      const std::vector<std::size_t>& owned);
 
+    // Takes the host memory that waiting results will need, beside whatever comes next: where many results
+    // come at once, they would wait for it.
+    void pin_ahead();
     // All writing goes on beside the computation: what fails is thrown by a later call.
     // Tensors that stay as they are, in this rank's shards; refuses NaN and infinities.
     void copy_untouched();

@@ -135,7 +135,10 @@ void LayerRun::expect_deliveries() {
 std::vector<std::vector<LinearReport>> LayerRun::run() {
     const Stopwatch watch;
     if (!job().measures) coordinator_.report("copying tensors that stay as they are", 0.0);
-    for (const auto& output : written_) output->copy_untouched();
+    for (const auto& output : written_) {
+        output->pin_ahead();
+        output->copy_untouched();
+    }
     if (!given_) {
         stream_ = std::make_unique<HessianStream>(backend_, job().graph, plan_, links_, control_.rank(),
                                                   coordinator_, job().shards, job().calibration.sequences,

@@ -182,6 +182,8 @@ void CudaBackend::zero(TensorView tensor) {
 }
 
 void* CudaBackend::allocate_host(std::size_t bytes, const std::string& what) {
+    // A new thread stands on device 0, where pinning would open a context.
+    check(cudaSetDevice(device_), "cudaSetDevice", {{"device", device_}});
     return pinned_.allocate(bytes, what);
 }
 
