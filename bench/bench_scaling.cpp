@@ -59,7 +59,7 @@ void print_table(const ModelShape& shape, std::int64_t sequences, double gigabyt
     for (int gpus = 1; gpus <= 1024; gpus *= 2) {
         const World world = imagine_world(gpus, kPerNode, static_cast<std::uint64_t>(gigabytes * 1e9));
         const Forecast quantized =
-            forecast_quantized(work, world, rates, row_groups(world, std::nullopt), true, false);
+            forecast_quantized(work, world, rates, row_groups(world, std::nullopt), true);
         fmt::print("| {} | {} | ", gpus, cell(quantized));
         try {
             const LayerPlan layers = plan_layers(work, world, rates, std::nullopt);

@@ -16,8 +16,10 @@ void refine_in_order(Backend& backend, ConstTensorView target, ConstTensorView h
 
 }  // namespace
 
+bool refines(const GptqOptions& options) { return options.refit || options.sweeps > 0; }
+
 bool refines(const FactorOutcome& outcome, const GptqOptions& options) {
-    return (options.refit || options.sweeps > 0) && !outcome.round_to_nearest;
+    return refines(options) && !outcome.round_to_nearest;
 }
 
 void refine_rows(Backend& backend, ConstTensorView target, ConstTensorView hessian,

@@ -4,7 +4,8 @@
 
 namespace quantmill {
 
-// Whether a linear is refined after its solve: not when it was rounded to nearest.
+// Whether linears are refined after their solves: one that was rounded to nearest is not.
+bool refines(const GptqOptions& options);
 bool refines(const FactorOutcome& outcome, const GptqOptions& options);
 
 // options.sweeps sweeps over the codes of solved rows, and with options.refit a fit of their scales before

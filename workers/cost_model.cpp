@@ -15,10 +15,21 @@ struct Shares {
     double disk, writing, link, network;
     double seconds_per_column;
     double squared_trial, power_trial;
+    Rates::Refinement sweep, refit;
 };
-constexpr Shares kCpuShares{1.0, 0.4, 1.0, 0.5, 0.4, 5e8, 5e8, 3e9, 1e9, 0.0, 12.0, 60.0};
-// The trials' from their instructions, not yet from a clock.
-constexpr Shares kCudaShares{0.96, 0.37, 0.77, 0.226, 0.19, 5e9, 1.5e9, 2e11, 4e10, 7.7e-7, 33.0, 93.0};
+constexpr Shares kCpuShares{1.0, 0.4, 1.0, 0.5,  0.4,  5e8,        5e8,
+                            3e9, 1e9, 0.0, 12.0, 60.0, {3.0, 0.0}, {2.0, 0.0}};
+// The search's trials from their instructions, not yet from a clock.
+constexpr Shares kCudaShares{0.96, 0.37, 0.77,   0.226, 0.19, 5e9,          1.5e9,
+                             2e11, 4e10, 7.7e-7, 33.0,  93.0, {5.2, 4.3e4}, {0.0, 3.4e4}};
+
+// Operations of a solve that the search for scales takes for each weight.
+double search_work(const QuantizationGrid& grid, const Rates& rates) {
+    if (grid.search == ScaleSearch::minmax) return 0.0;
+    const Shrinks shrinks = shrinks_of(grid.search);
+    const double trials = (shrinks.count + 2 * shrinks.around) * (tries_twins(grid) ? 2.0 : 1.0);
+    return trials * (grid.search == ScaleSearch::mse ? rates.power_trial : rates.squared_trial);
+}
 
 }  // namespace
 
@@ -51,14 +62,21 @@ Rates rates_of(const std::string& backend, double products) {
             shares.network,
             shares.seconds_per_column,
             shares.squared_trial,
-            shares.power_trial};
+            shares.power_trial,
+            shares.sweep,
+            shares.refit};
 }
 
-double search_work(const QuantizationGrid& grid, const Rates& rates) {
-    if (grid.search == ScaleSearch::minmax) return 0.0;
-    const Shrinks shrinks = shrinks_of(grid.search);
-    const double trials = (shrinks.count + 2 * shrinks.around) * (tries_twins(grid) ? 2.0 : 1.0);
-    return trials * (grid.search == ScaleSearch::mse ? rates.power_trial : rates.squared_trial);
+double solve_work(const StageWork& work, const GptqOptions& options, const Rates& rates) {
+    double solves = options.error_propagation_alpha > 0.0 ? kPropagatedSolve : 1.0;
+    double trials = search_work(options.grid, rates);
+    const auto refine = [&](double times, const Rates::Refinement& refinement) {
+        solves += times * refinement.solves;
+        trials += times * refinement.trials;
+    };
+    refine(options.sweeps, rates.sweep);
+    if (options.refit) refine(options.sweeps + 1, rates.refit);
+    return solves * work.solve + trials * work.weights;
 }
 
 Rates usual_rates(const std::string& backend) { return rates_of(backend, backend == "cuda" ? 7e14 : 2e11); }
@@ -67,12 +85,12 @@ double BlockCost::factors() const { return std::accumulate(factor.begin(), facto
 double BlockCost::solves() const { return std::accumulate(solve.begin(), solve.end(), 0.0); }
 
 BlockCost block_cost(const ModelGraph& graph, const Rates& rates, double tokens, double length,
-                     double search) {
+                     const GptqOptions& options) {
     BlockCost cost;
     for (const StageWork& work : stage_work(graph.stages, graph.attention, length)) {
         cost.stream += tokens * (rates.forward_seconds(work) + work.hessian / rates.hessian);
         cost.factor.push_back(rates.factor_seconds(work));
-        cost.solve.push_back((work.solve + search * work.weights) / rates.solve);
+        cost.solve.push_back(solve_work(work, options, rates) / rates.solve);
     }
     return cost;
 }

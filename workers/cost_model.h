@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "kernels/backend.h"
+#include "pipeline/gptq_solver.h"
 #include "pipeline/model_graph.h"
 
 namespace quantmill {
@@ -38,6 +39,11 @@ struct Rates {
     double seconds_per_column = 0.0;  // of a factor, beside its operations
     // Operations of a solve that trying one scale takes for one weight, its error squared or to a power.
     double squared_trial = 0.0, power_trial = 0.0;
+    // A sweep over codes, or a fit of scales: as many solves of the same rows, and operations a weight.
+    struct Refinement {
+        double solves = 0.0, trials = 0.0;
+    };
+    Refinement sweep, refit;
 
     double forward_seconds(const StageWork& work) const {  // a token
         return work.forward / forward + work.attention / attention;
@@ -46,8 +52,9 @@ struct Rates {
         return work.factor / factor + work.columns * seconds_per_column;
     }
 };
-// Operations of a solve that the search for scales takes for each weight.
-double search_work(const QuantizationGrid& grid, const Rates& rates);
+// Operations of solving a stage: the walk over its columns, error propagation, the search for scales,
+// refinement.
+double solve_work(const StageWork& work, const GptqOptions& options, const Rates& rates);
 // Rates of a rank of backend `backend` whose matrix products reach `products` operations a second.
 Rates rates_of(const std::string& backend, double products);
 // Those that such a rank usually has: who does what is chosen by them, and not by what was measured, so that
@@ -61,8 +68,7 @@ struct BlockCost {
     double factors() const;
     double solves() const;
 };
-// `search`: search_work.
 BlockCost block_cost(const ModelGraph& graph, const Rates& rates, double tokens, double length,
-                     double search = 0.0);
+                     const GptqOptions& options = {});
 
 }  // namespace quantmill

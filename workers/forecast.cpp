@@ -45,7 +45,8 @@ void exchange(const ModelGraph& graph, double ranks, double row_ranks, bool erro
 }
 
 BlockTime block_time(const PlannedWork& work, const World& world, const Rates& rates, int row_ranks,
-                     bool true_sequential, bool error_propagation) {
+                     bool true_sequential) {
+    const bool error_propagation = work.options.error_propagation_alpha > 0.0;
     const int ranks = world.size();
     const double tokens = busiest_tokens(work, ranks);
     const auto length = static_cast<double>(limits_of(work.shards).length);
@@ -57,9 +58,7 @@ BlockTime block_time(const PlannedWork& work, const World& world, const Rates& r
         time.hessian +=
             (error_propagation ? kPropagatedHessian : 1.0) * tokens * stage.hessian / rates.hessian;
         factors.push_back(rates.factor_seconds(stage));
-        const double solve = (error_propagation ? kPropagatedSolve : 1.0) * stage.solve +
-                             search_work(work.grid, rates) * stage.weights;
-        time.solve += solve / rates.solve / row_ranks;
+        time.solve += solve_work(stage, work.options, rates) / rates.solve / row_ranks;
     }
     time.factor = std::accumulate(factors.begin(), factors.end(), 0.0);
     if (!true_sequential) {
@@ -95,12 +94,12 @@ std::string share_text(double part, double whole) { return fmt::format("{:.0f}%"
 }  // namespace
 
 Forecast forecast_quantized(const PlannedWork& work, const World& world, const Rates& rates,
-                            const LayerPlan& layers, bool true_sequential, bool error_propagation) {
+                            const LayerPlan& layers, bool true_sequential) {
     const double blocks = work.graph->blocks;
     const auto row_ranks = static_cast<int>(layers.groups.front().size());
-    const BlockTime block = block_time(work, world, rates, row_ranks, true_sequential, error_propagation);
+    const BlockTime block = block_time(work, world, rates, row_ranks, true_sequential);
     const World one = imagine_world(1, 1, 0);
-    const BlockTime alone = block_time(work, one, rates, 1, true_sequential, error_propagation);
+    const BlockTime alone = block_time(work, one, rates, 1, true_sequential);
     // Reading and writing hide behind computing as far as that lasts; the first block and the output's tail
     // do not.
     const auto io_seconds = [&](double computing, int hosts) {
@@ -187,8 +186,7 @@ Forecast forecast(const PreparedJob& job, const PlannedWork& work, const World& 
                   const LayerPlan& layers) {
     const QuantizationSpec& spec = job.spec.quantization;
     if (spec.propagate == "original") return forecast_original(work, world, rates, layers);
-    return forecast_quantized(work, world, rates, layers, spec.true_sequential,
-                              spec.error_propagation_alpha > 0.0);
+    return forecast_quantized(work, world, rates, layers, spec.true_sequential);
 }
 
 }  // namespace quantmill

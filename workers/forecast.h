@@ -15,7 +15,7 @@ struct Forecast {
 
 // All ranks work on the same block: sequences are split over all, rows over those of a group of `layers`.
 Forecast forecast_quantized(const PlannedWork& work, const World& world, const Rates& rates,
-                            const LayerPlan& layers, bool true_sequential, bool error_propagation);
+                            const LayerPlan& layers, bool true_sequential);
 // Groups of ranks work on their own blocks.
 Forecast forecast_original(const PlannedWork& work, const World& world, const Rates& rates,
                            const LayerPlan& layers);

@@ -6,6 +6,7 @@
 
 #include "kernels/cpu/free_memory.h"
 #include "pipeline/hessian.h"
+#include "pipeline/refinement.h"
 #include "workers/block_probe.h"
 #include "workers/calibration_batches.h"
 #include "workers/hidden_stream.h"
@@ -69,8 +70,11 @@ std::uint64_t scratch_bytes(const PlannedWork& work, bool first_group) {
         static_cast<std::uint64_t>(batch * BlockForward::carried_width(graph)) * size_of(work.activation);
     std::uint64_t solve = 0;
     for (const Stage& stage : graph.stages) {
-        // Rows in fp32, the same dequantized, and their codes.
-        solve = std::max(solve, static_cast<std::uint64_t>(stage.group.rows() * stage.group.columns()) * 9);
+        const std::int64_t rows = stage.group.rows(), columns = stage.group.columns();
+        // Rows in fp32, the same dequantized, and their codes; the damped Hessian, with act-order twice.
+        const std::int64_t squares = refines(work.options) ? (natural_groups(work.options) ? 1 : 2) : 0;
+        solve =
+            std::max(solve, static_cast<std::uint64_t>(rows * columns * 9 + squares * columns * columns * 4));
     }
     bytes += solve + BlockProbe::scratch_bytes(graph, work.probe_tokens, work.activation);
     if (first_group) {
@@ -233,7 +237,7 @@ PlannedWork planned_work(std::span<const PreparedJob> outputs, const Backend& ba
     const PreparedJob& job = outputs.front();
     PlannedWork work;
     work.graph = &job.graph;
-    if (const auto& usual = job.scheme.options_at(0, 0)) work.grid = usual->grid;
+    work.options = job.scheme.options_at(0, 0).value_or(job.scheme.usual());
     work.shards = job.shards;
     if (job.measures) work.probe_tokens = BlockProbe::sequences_of(job.shards).tokens();
     work.activation = backend.activation_dtype();
@@ -251,7 +255,7 @@ PlannedWork planned_work(std::span<const PreparedJob> outputs, const Backend& ba
 
 BlockCost block_cost(const PlannedWork& work, const Rates& rates, double tokens) {
     const auto length = static_cast<double>(limits_of(work.shards).length);
-    BlockCost cost = block_cost(*work.graph, rates, tokens, length, search_work(work.grid, rates));
+    BlockCost cost = block_cost(*work.graph, rates, tokens, length, work.options);
     double forward = 0.0;  // of a token
     for (const StageWork& stage : stage_work(work.graph->stages, work.graph->attention, length)) {
         forward += rates.forward_seconds(stage);

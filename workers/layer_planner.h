@@ -39,7 +39,7 @@ struct PlannedWork {
     double read_bytes = 0.0, written_bytes = 0.0;  // of all tensors
     double factors = 1.0, solves = 1.0;            // of each Hessian: several outputs need several
     std::int64_t probe_tokens = 0;                 // of a BlockProbe, after each solve
-    QuantizationGrid grid;                         // of the first output
+    GptqOptions options;                           // of the first output
 };
 // Of a job that writes these checkpoints.
 PlannedWork planned_work(std::span<const PreparedJob> outputs, const Backend& backend);

@@ -11,6 +11,7 @@
 #include "pipeline/hessian.h"
 #include "pipeline/model_card.h"
 #include "pipeline/output_directory.h"
+#include "pipeline/refinement.h"
 #include "pipeline/stopwatch.h"
 #include "workers/bit_choice.h"
 #include "workers/calibration_batches.h"
@@ -118,9 +119,18 @@ bool propagates_error(const PreparedJob& job) { return job.spec.quantization.err
 struct StageMemory {
     std::uint64_t hessian = 0;  // sum and factor
     std::uint64_t cross = 0;    // the same of (X − X̃)ᵀX̃, with error propagation
-    std::uint64_t solve = 0;    // rows, codes and workspace, or what the factorization takes
+    std::uint64_t solve = 0;    // beyond these: rows, codes and workspace, or what the factorization takes
     std::uint64_t total() const { return hessian + cross + solve; }
 };
+
+// Beside weights, codes and the damped Hessian: with act-order all of them in the order of the walk.
+std::uint64_t memory_of_refinement(const GptqOptions& options, const Backend& backend, std::int64_t rows,
+                                   std::int64_t columns) {
+    if (!refines(options)) return 0;
+    const std::uint64_t order =
+        natural_groups(options) ? 0 : static_cast<std::uint64_t>(rows * columns * 5 + columns * columns * 4);
+    return order + backend.refine_workspace(rows, columns, grid_for(options.grid, columns));
+}
 
 StageMemory memory_of_solve(const GptqOptions& options, const Backend& backend, const LinearGroup& group,
                             int world_size) {
@@ -133,15 +143,22 @@ StageMemory memory_of_solve(const GptqOptions& options, const Backend& backend, 
     const std::uint64_t order =
         ordered ? mine + mine / sizeof(float) + static_cast<std::uint64_t>(3 * rows * grid.groups(columns))
                 : 0;
-    const std::uint64_t natural = ordered ? static_cast<std::uint64_t>(columns * columns) * sizeof(float) : 0;
+    const std::uint64_t square = static_cast<std::uint64_t>(columns * columns) * sizeof(float);
+    const std::uint64_t natural = ordered ? square : 0;
     const auto codes = static_cast<std::uint64_t>(group.rows() * (columns + 3 * grid.groups(columns)));
-    std::uint64_t solve = mine + codes + std::max(order + backend.solve_workspace(rows, columns, grid), mine);
+    const std::uint64_t walk = order + backend.solve_workspace(rows, columns, grid);
+    std::uint64_t solve =
+        mine + codes + std::max({walk, mine, memory_of_refinement(options, backend, rows, columns)});
     StageMemory memory{.hessian = HessianAccumulator::bytes(columns)};
     if (options.error_propagation_alpha > 0.0) {
         solve = mine + std::max(solve, mine + codes + backend.propagate_workspace(rows, columns));
         memory.cross = CrossAccumulator::bytes(columns);
     }
+    if (refines(options)) solve += square;  // the damped Hessian
     memory.solve = std::max(solve, natural + backend.factor_workspace(columns));
+    // Of the cross products only their finished matrix is left by then.
+    const std::uint64_t freed = memory.cross == 0 ? 0 : memory.cross - square;
+    memory.solve -= std::min(memory.solve, freed);
     return memory;
 }
 

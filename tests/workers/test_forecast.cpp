@@ -47,9 +47,10 @@ TEST(CostModel, GivesTheTimesOfMeasuredBlocks) {
     struct Measured {
         std::int64_t hidden, inner, heads;
         double forward, hessian, factor, block;
+        double swept, best;  // the block with sweeps: 2, with preset: best
     };
-    for (const Measured& measured : {Measured{8192, 28672, 64, 0.704, 0.490, 0.093, 1.385},
-                                     Measured{4096, 14336, 32, 0.186, 0.130, 0.027, 0.368}}) {
+    for (const Measured& measured : {Measured{8192, 28672, 64, 0.704, 0.490, 0.093, 1.385, 2.810, 5.566},
+                                     Measured{4096, 14336, 32, 0.186, 0.130, 0.027, 0.368, 0.609, 1.292}}) {
         auto config = testing::tiny_config("LlamaForCausalLM");
         config["hidden_size"] = measured.hidden;
         config["intermediate_size"] = measured.inner;
@@ -61,12 +62,20 @@ TEST(CostModel, GivesTheTimesOfMeasuredBlocks) {
         work.graph = &graph;
         work.shards = plan_batch_shards(std::vector<std::int64_t>(128, 2048), 16384);
         const World alone = imagine_world(1, 1, std::uint64_t{1} << 40U);
-        const PlannedTime time =
-            forecast_quantized(work, alone, rates_of("cuda", 7e14), row_groups(alone, 1), true, false).time;
+        const auto planned = [&] {
+            return forecast_quantized(work, alone, rates_of("cuda", 7e14), row_groups(alone, 1), true).time;
+        };
+        const PlannedTime time = planned();
         EXPECT_NEAR(time.forward / graph.blocks, measured.forward, 0.05 * measured.forward);
         EXPECT_NEAR(time.hessian / graph.blocks, measured.hessian, 0.05 * measured.hessian);
         EXPECT_NEAR(time.factor / graph.blocks, measured.factor, 0.05 * measured.factor);
         EXPECT_NEAR(time.total() / graph.blocks, measured.block, 0.06 * measured.block);
+        work.options.grid = {4, 128, true, ScaleSearch::hessian, true};
+        work.options.sweeps = 2;
+        EXPECT_NEAR(planned().total() / graph.blocks, measured.swept, 0.1 * measured.swept);
+        work.options.refit = true;
+        work.options.error_propagation_alpha = 1.0;
+        EXPECT_NEAR(planned().total() / graph.blocks, measured.best, 0.1 * measured.best);
     }
 }
 
@@ -75,8 +84,8 @@ TEST_F(ForecastTest, ASearchForScalesCostsItsTrials) {
     rates_.power_trial = 50.0;
     const World alone = world(1);
     const auto solve = [&](const QuantizationGrid& grid) {
-        work_.grid = grid;
-        return forecast_quantized(work_, alone, rates_, row_groups(alone, 1), true, false).time.solve;
+        work_.options.grid = grid;
+        return forecast_quantized(work_, alone, rates_, row_groups(alone, 1), true).time.solve;
     };
     const double weights = 12.0 * static_cast<double>(graph_.block_parameters());
     const double plain = solve({4, 64, true});
@@ -84,6 +93,27 @@ TEST_F(ForecastTest, ASearchForScalesCostsItsTrials) {
     EXPECT_NEAR(solve({4, 64, true, ScaleSearch::hessian, true}) - plain, weights * 34 * 10 / 1e9, 1e-9);
     EXPECT_NEAR(solve({4, 64, false, ScaleSearch::mse}) - plain, weights * 80 * 50 / 1e9, 1e-9);
     EXPECT_NEAR(solve({2, 64, false, ScaleSearch::mse}) - plain, weights * 160 * 50 / 1e9, 1e-9);
+}
+
+TEST_F(ForecastTest, RefinementCostsItsSweepsAndFits) {
+    rates_.sweep = {10.0, 100.0};
+    rates_.refit = {3.0, 50.0};
+    const World alone = world(1);
+    const auto solve = [&](int sweeps, bool refit, double alpha) {
+        work_.options.sweeps = sweeps;
+        work_.options.refit = refit;
+        work_.options.error_propagation_alpha = alpha;
+        return forecast_quantized(work_, alone, rates_, row_groups(alone, 1), true).time.solve;
+    };
+    const double plain = solve(0, false, 0.0);
+    const double trial = 12.0 * static_cast<double>(graph_.block_parameters()) / 1e9;  // one for each weight
+    EXPECT_NEAR(solve(2, false, 0.0), 21 * plain + 200 * trial, 1e-9);
+    EXPECT_NEAR(solve(0, true, 0.0), 4 * plain + 50 * trial, 1e-9);
+    EXPECT_NEAR(solve(2, true, 0.0), (1 + 2 * 10 + 3 * 3) * plain + 350 * trial, 1e-9);
+    EXPECT_NEAR(solve(1, false, 1.0), (5 + 10) * plain + 100 * trial, 1e-9);  // propagation: four more
+    const double original = block_cost(work_, rates_, 1.0).solves();
+    work_.options = {};
+    EXPECT_GT(original, block_cost(work_, rates_, 1.0).solves());
 }
 
 TEST_F(ForecastTest, FurtherCheckpointsCostASolveAndAWrite) {
@@ -174,12 +204,11 @@ TEST_F(ForecastTest, ChoosesGroupsByWhatTheyGain) {
 TEST_F(ForecastTest, TheFactorBoundsWhatAllRanksDoTogether) {
     const BlockCost block = block_cost(graph_, rates_, 1600, 100);
     const Forecast four =
-        forecast_quantized(work_, world(4), rates_, row_groups(world(4), std::nullopt), true, false);
+        forecast_quantized(work_, world(4), rates_, row_groups(world(4), std::nullopt), true);
     EXPECT_NEAR(four.layers.seconds, 12 * (block.stream / 4 + block.factors() + block.solves() / 4), 1e-9);
     EXPECT_NE(four.layers.bound.find("factors that one rank computes"), std::string::npos);
     // Without true_sequential the four factors of a block are computed at the same time.
-    const Forecast at_once =
-        forecast_quantized(work_, world(4), rates_, row_groups(world(4), 1), false, false);
+    const Forecast at_once = forecast_quantized(work_, world(4), rates_, row_groups(world(4), 1), false);
     EXPECT_NEAR(at_once.time.factor, 12 * 96.0 * 96 * 96 / 3 / 1e9, 1e-9);
     EXPECT_EQ(row_groups(world(8), std::nullopt).groups.size(), 2U);  // two hosts
     EXPECT_THROW(row_groups(world(2), 3), BadInput);

@@ -124,8 +124,7 @@ TEST_F(Planner, ABudgetOfBitsIsMeasuredFirst) {
     const PlannedTime time = plan.time.value_or(PlannedTime{});
     const Rates rates = rates_of(backend_->name(), time.gflops * 1e9);
     const ModelGraph& graph = prepared.graph;
-    const BlockCost cost =
-        block_cost(graph, rates, 600, 30, search_work(prepared.scheme.usual().grid, rates));
+    const BlockCost cost = block_cost(graph, rates, 600, 30, prepared.scheme.usual());
     const auto weights = static_cast<double>(2 * graph.block_parameters() + 128 * 64);
     double forward = 0.0;
     for (const StageWork& stage : stage_work(graph.stages, graph.attention, 30)) {
@@ -172,6 +171,25 @@ TEST_F(Planner, ErrorPropagationTakesASecondPath) {
         const std::uint64_t squares = true_sequential ? 96 * 96 : 3 * 64 * 64 + 96 * 96;
         EXPECT_GE(bytes_named(with, "error of the inputs"), 12 * squares);
         EXPECT_GT(total_memory(with.ranks.front()), total_memory(without.ranks.front()));
+    }
+}
+
+// Of the group that takes most: the widest, [64, 96], or with several blocks at once that of most weights,
+// [192, 64].
+TEST_F(Planner, RefinementTakesTheDampedHessian) {
+    spec_.quantization.preset = "plain";
+    apply_preset(spec_.quantization, [](std::string_view) { return false; });
+    for (const bool desc_act : {false, true}) {
+        for (const std::string propagate : {"quantized", "original"}) {
+            spec_.quantization.desc_act = desc_act;
+            spec_.quantization.propagate = propagate;
+            spec_.quantization.sweeps = 0;
+            const std::uint64_t without = bytes_named(plan(job()), "rows being solved");
+            spec_.quantization.sweeps = 1;
+            const std::uint64_t with = bytes_named(plan(job()), "rows being solved");
+            const std::uint64_t columns = propagate == "original" ? 64 : 96;
+            EXPECT_GE(with, without + 4 * columns * columns) << propagate;
+        }
     }
 }
 
