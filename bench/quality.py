@@ -34,6 +34,7 @@ from compare_gptqmodel import PEERS, Record, last_json, sha256, store_of
 GAR = {"preset": "plain", "act_group_aware": True}
 SEARCH = GAR | {"scale_search": "hessian"}
 SIGNED = SEARCH | {"signed_scales": True}
+REFINED = SIGNED | {"refit": True, "sweeps": 2}
 # Name of a row -> keys of `quantization` beside bits and group_size.
 OURS: dict[str, Record] = {
     "plain": {"preset": "plain"},
@@ -48,18 +49,20 @@ OURS: dict[str, Record] = {
     "GAR, hessian, signed, bf16 scales": SIGNED | {"scale_rounding": "bf16"},
     "GAR, hessian, signed, 2 sweeps": SIGNED | {"sweeps": 2},
     "GAR, hessian, signed, refit": SIGNED | {"refit": True},
-    "GAR, hessian, signed, refit, 2 sweeps": SIGNED | {"refit": True, "sweeps": 2},
+    "GAR, hessian, signed, refit, 2 sweeps": REFINED,
     "GAR, hessian, signed, alpha 0.25": SIGNED | {"error_propagation_alpha": 0.25},
     "GAR, hessian, signed, alpha 0.5": SIGNED | {"error_propagation_alpha": 0.5},
     "GAR, hessian, signed, alpha 1": SIGNED | {"error_propagation_alpha": 1},
     "GAR, hessian, signed, damp 0.005": SIGNED | {"damp_percent": 0.005},
     "GAR, hessian, signed, alpha 1, damp 0.005": SIGNED | {"error_propagation_alpha": 1, "damp_percent": 0.005},
-    # What `balanced` and `best` might become.
-    "GAR, hessian, signed, damp auto": SIGNED | {"damp_percent": "auto"},
     "GAR, hessian, signed, alpha 1, damp 0.1": SIGNED | {"error_propagation_alpha": 1, "damp_percent": 0.1},
-    "GAR, hessian, signed, refit, 2 sweeps, alpha 1": SIGNED | {"refit": True, "sweeps": 2, "error_propagation_alpha": 1},
-    "GAR, hessian, signed, refit, 2 sweeps, alpha 1, damp 0.1": SIGNED
-    | {"refit": True, "sweeps": 2, "error_propagation_alpha": 1, "damp_percent": 0.1},
+    "GAR, hessian, signed, damp auto": SIGNED | {"damp_percent": "auto"},
+    "GAR, hessian, signed, 2 sweeps, damp auto": SIGNED | {"sweeps": 2, "damp_percent": "auto"},
+    "GAR, hessian, signed, 2 sweeps, alpha 1": SIGNED | {"sweeps": 2, "error_propagation_alpha": 1},
+    "GAR, hessian, signed, refit, 2 sweeps, alpha 0.5": REFINED | {"error_propagation_alpha": 0.5},
+    "GAR, hessian, signed, refit, 2 sweeps, alpha 0.75": REFINED | {"error_propagation_alpha": 0.75},
+    "GAR, hessian, signed, refit, 2 sweeps, alpha 1": REFINED | {"error_propagation_alpha": 1},
+    "GAR, hessian, signed, refit, 2 sweeps, alpha 1, damp 0.1": REFINED | {"error_propagation_alpha": 1, "damp_percent": 0.1},
     "plain, original": {"preset": "plain", "propagate": "original"},
     "balanced, original": {"preset": "balanced", "propagate": "original"},
     "gptqmodel": {"preset": "gptqmodel"},

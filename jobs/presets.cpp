@@ -24,7 +24,7 @@ const std::vector<Preset>& presets() {
         {"plain", false, "minmax", false, "fp16", false, 0, 0.0},
         {"gptqmodel", true, "minmax", false, "fp16", false, 0, 0.0},
         {"balanced", true, "hessian", true, "auto", false, 0, 0.0},
-        {"best", true, "hessian", true, "auto", true, 2, 0.5},
+        {"best", true, "hessian", true, "auto", true, 2, 1.0},
     };
     return table;
 }

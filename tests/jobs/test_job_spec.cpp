@@ -280,7 +280,7 @@ TEST(JobSpec, APresetDecidesWhatIsNotSet) {
     EXPECT_TRUE(best.act_group_aware);
     EXPECT_EQ(best.scale_search, "hessian");
     EXPECT_EQ(best.sweeps, 1);
-    EXPECT_GT(best.error_propagation_alpha, 0.0);
+    EXPECT_EQ(best.error_propagation_alpha, 1.0);
     // What the other keys leave no sense is switched off.
     EXPECT_FALSE(parse(minimal, {"quantization.preset=best", "quantization.desc_act=true"})
                      .quantization.act_group_aware);
