@@ -402,9 +402,18 @@ std::vector<Row> quantization_rows() {
         row("quantization.on_fallback", word_kind({"report", "error"}),
             "what happens when a linear cannot have GPTQ as it was asked for",
             [](auto& s) -> auto& { return s.quantization.on_fallback; }),
+    };
+}
+
+// What makes linears differ from each other.
+std::vector<Row> mixed_quantization_rows() {
+    return {
         row("quantization.target_bits", or_word(bits_a_weight_kind(), "none"),
             "choose bits for each linear so that a weight takes that many on average, all overhead counted",
             [](auto& s) -> auto& { return s.quantization.target_bits; }),
+        row("quantization.target_choices", word_kind({"2,3,4,8", "4,8"}),
+            "bits that target_bits chooses among",
+            [](auto& s) -> auto& { return s.quantization.target_choices; }),
         row("quantization.lm_head.bits", or_word(one_of_kind(allowed_bits), "none"),
             "quantize lm_head too, with that many bits a weight",
             [](auto& s) -> auto& { return s.quantization.lm_head_bits; }),
@@ -446,7 +455,8 @@ const std::vector<std::string> rule_keys{"bits",          "group_size",      "sy
 const std::vector<Row>& rows() {
     static const std::vector<Row> table = [] {
         std::vector<Row> all;
-        for (const auto& part : {output_rows(), calibration_rows(), quantization_rows(), compute_rows()})
+        for (const auto& part : {output_rows(), calibration_rows(), quantization_rows(),
+                                 mixed_quantization_rows(), compute_rows()})
             all.insert(all.end(), part.begin(), part.end());
         return all;
     }();
@@ -563,7 +573,12 @@ void require_grid(const JobSpec& spec, const Places& places) {
 
 // `set`: keys of the job, or of an item of outputs.
 void require_one_of_bits(const JobSpec& spec, const Places& set) {
-    if (!spec.quantization.target_bits) return;
+    if (!spec.quantization.target_bits) {
+        const auto choices = set.find("quantization.target_choices");
+        if (choices == set.end() || spec.quantization.target_choices == QuantizationSpec{}.target_choices)
+            return;
+        throw BadInput("{}: quantization.target_choices: needs quantization.target_bits", choices->second);
+    }
     if (const auto bits = set.find("quantization.bits"); bits != set.end())
         throw BadInput("{}: quantization.bits: quantization.target_bits chooses bits: set one of them",
                        bits->second);
@@ -832,8 +847,8 @@ void require_consistent(const JobSpec& spec, const Places& places) {
     if (spec.outputs.empty()) {
         require_grid(spec, places);
         require_rule_grids(spec);
-        require_one_of_bits(spec, places);
     }
+    require_one_of_bits(spec, places);
     if (spec.compute.backend == "cpu" && spec.compute.communicator == "nccl")
         throw BadInput("{}: compute.communicator: nccl needs GPUs, but compute.backend is cpu (auto | mpi)",
                        places.at("compute.communicator"));

@@ -46,10 +46,11 @@ struct QuantizationSpec {
     std::string scale_rounding = "auto";  // auto | fp16 | bf16
     bool refit = false;
     int sweeps = 0;
-    double error_propagation_alpha = 0.0;  // 0: off
-    std::string on_fallback = "report";    // report | error
-    std::optional<double> target_bits;     // average a weight, all overhead counted; none: bits
-    std::optional<int> lm_head_bits;       // quantization.lm_head.bits; none: lm_head is left as it is
+    double error_propagation_alpha = 0.0;    // 0: off
+    std::string on_fallback = "report";      // report | error
+    std::optional<double> target_bits;       // average a weight, all overhead counted; none: bits
+    std::string target_choices = "2,3,4,8";  // 2,3,4,8 | 4,8: what target_bits chooses among
+    std::optional<int> lm_head_bits;         // quantization.lm_head.bits; none: lm_head is left as it is
     std::optional<std::int64_t> lm_head_group_size;  // none: group_size
     std::vector<QuantizationRule> overrides;         // of the rules that match a linear, the first counts
 };

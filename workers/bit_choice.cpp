@@ -6,6 +6,7 @@
 #include <cmath>
 #include <map>
 
+#include "jobs/module_pattern.h"
 #include "pipeline/bit_budget.h"
 #include "pipeline/gptq_format.h"
 #include "pipeline/stopwatch.h"
@@ -15,6 +16,10 @@ namespace quantmill {
 namespace {
 
 constexpr int kBits[] = {2, 3, 4, 8};
+
+bool may_choose(const QuantizationSpec& spec, int bits) {
+    return spec.target_choices.find(std::to_string(bits)) != std::string::npos;
+}
 
 // What the log of the perplexity gains for a loss, of one small model (docs/quality.md).
 constexpr double kNatsPerLoss = 2.0;
@@ -38,11 +43,14 @@ std::uint64_t weights_of(const LinearGroup& group) {
 BitChoiceMaker::BitChoiceMaker(const JobSpec& spec, const ModelGraph& graph, const QuantizationScheme& scheme)
     : graph_(graph), scheme_(scheme), target_(spec.quantization.target_bits.value()) {
     const GptqFormat format = gptq_format_from(spec.output.format);
+    std::vector<ModulePattern> rules;
+    for (const QuantizationRule& rule : spec.quantization.overrides) rules.emplace_back(rule.match);
     for_each_quantized(
         graph, scheme,
         [&](int block, std::size_t stage, const LinearGroup& group, const GptqOptions& options) {
             if (block == graph.blocks) return;
-            if (options != scheme.usual()) {
+            const std::string module = graph.in_block(block, group.linears.front().name);
+            if (std::ranges::any_of(rules, [&](const auto& rule) { return rule.matches(module); })) {
                 fixed_weights_ += weights_of(group);
                 fixed_bits_ += stored_bits_of_group(group, grid_for(options.grid, group.columns()));
                 return;
@@ -51,9 +59,10 @@ BitChoiceMaker::BitChoiceMaker(const JobSpec& spec, const ModelGraph& graph, con
             for (const int bits : kBits) {
                 QuantizationGrid grid = grid_for(options.grid, group.columns());
                 grid.bits = bits;
-                const bool fits = std::ranges::all_of(group.linears, [&](const Linear& linear) {
-                    return gptq_obstacle(linear.rows, linear.columns, grid, format).empty();
-                });
+                const bool fits = may_choose(spec.quantization, bits) &&
+                                  std::ranges::all_of(group.linears, [&](const Linear& linear) {
+                                      return gptq_obstacle(linear.rows, linear.columns, grid, format).empty();
+                                  });
                 if (fits) own.bits.push_back(bits);
             }
             // Bits that no shape allows are a problem of the plan.

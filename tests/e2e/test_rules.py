@@ -160,7 +160,8 @@ def test_error_propagation_passes_skipped_linears_and_reaches_lm_head(quantmill:
 def test_a_budget_of_bits(quantmill: Run, tmp_path: Path, propagate: str) -> None:
     model = make_checkpoint(tmp_path / "model", "Llama", num_hidden_layers=3, hidden_size=96, intermediate_size=192)
     store = write_store(tmp_path / "calib.h5", random_sequences(9, 70, vocabulary=VOCABULARY), model, VOCABULARY)
-    rules = [{"match": "model.layers.0.self_attn.o_proj", "bits": 8}]
+    ruled = {"model.layers.0.self_attn.o_proj": 8, "model.layers.1.self_attn.o_proj": 4}  # 4: as if nothing had been said
+    rules = [{"match": match, "bits": bits} for match, bits in ruled.items()]
     job = write_job(tmp_path / "job.yaml", model, store, tmp_path / "out", {"group_size": 32, "propagate": propagate, "overrides": rules})
     predicted = []
     for target in (4, 5, 7):
@@ -175,9 +176,8 @@ def test_a_budget_of_bits(quantmill: Run, tmp_path: Path, propagate: str) -> Non
         assert budget["achieved"] == pytest.approx(report["bits_per_weight"])
         chosen = {(choice["block"], choice["group"]): choice["bits"] for choice in budget["groups"]}
         for linear in report["linears"]:
-            fixed = linear["module"] == "model.layers.0.self_attn.o_proj"
-            assert linear["bits"] == (8 if fixed else chosen[linear["block"], linear["group"]])
-        assert len(chosen) == 3 * 4 - 1
+            assert linear["bits"] == (ruled.get(linear["module"]) or chosen[linear["block"], linear["group"]])
+        assert len(chosen) == 3 * 4 - len(ruled)
         for choice in budget["groups"]:
             losses = [choice["losses"][str(bits)] for bits in (2, 3, 4, 8)]
             assert losses == sorted(losses, reverse=True)
@@ -195,6 +195,11 @@ def test_a_budget_of_bits(quantmill: Run, tmp_path: Path, propagate: str) -> Non
     assert "was predicted" in quantmill("eval", *words).stdout
     reference = json.loads((tmp_path / "eval.json").read_text())["reference"]
     assert reference["predicted_perplexity"] == pytest.approx(budget["predicted_perplexity_ratio"] * reference["perplexity"])
+    few = ["--set", "quantization.target_bits=6", "--set", "quantization.target_choices=4,8", "--set", f"output.directory={tmp_path / 'few'}"]
+    quantmill("run", job, *few)
+    budget = json.loads((tmp_path / "few" / "report.json").read_text())["bit_budget"]
+    assert {choice["bits"] for choice in budget["groups"]} == {4, 8}
+    assert "the fewest bits" in quantmill("run", job, *few, "--overwrite", "--set", "quantization.target_bits=5", code=2).stderr
     done = quantmill("run", job, "--set", "quantization.target_bits=2", code=2)
     assert "the fewest bits that this job can store take" in done.stderr
 

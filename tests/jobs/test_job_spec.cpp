@@ -97,6 +97,7 @@ quantization:
   error_propagation_alpha: 0
   on_fallback: error
   target_bits: none
+  target_choices: 2,3,4,8
   lm_head:
     bits: 8
     group_size: 64
@@ -221,7 +222,7 @@ TEST(JobSpec, UnknownKeysSuggestTheNearest) {
               "quantization.group_size? quantization has bits, group_size, sym, desc_act, damp_percent, "
               "damp_auto_increment, true_sequential, propagate, preset, act_group_aware, static_groups, "
               "scale_search, signed_scales, scale_rounding, refit, sweeps, error_propagation_alpha, "
-              "on_fallback, target_bits, lm_head, overrides");
+              "on_fallback, target_bits, target_choices, lm_head, overrides");
     EXPECT_EQ(error_of(minimal + "quantisation:\n  bits: 3\n"),
               "/jobs/job.yaml:6: quantisation: unknown key; did you mean quantization? a job file has "
               "model, output, outputs, calibration, quantization, compute");
@@ -332,6 +333,14 @@ TEST(JobSpec, WhatContradictsIsRefused) {
     EXPECT_NE(refused({"quantization.propagate=original", "quantization.error_propagation_alpha=0.5"})
                   .find("needs quantization.propagate"),
               std::string::npos);
+    const std::string two = "model: m\ncalibration:\n  tokens: c.h5\nquantization:\n  propagate: original\n" +
+                            std::string("outputs:\n  - directory: a\n  - directory: b\n");
+    for (const std::string& job : {minimal, two}) {
+        EXPECT_NE(
+            error_of(job, {"quantization.bits=4", "quantization.target_bits=3.5"}).find("set one of them"),
+            std::string::npos)
+            << job;
+    }
 }
 
 TEST(JobSpec, AnOutputHasAPresetOfItsOwn) {
@@ -480,6 +489,7 @@ TEST(JobSpec, WhatRulesMustBe) {
     expect(override_error("quantization.lm_head=8"), "is a section");
     expect(error("    - {match: x, sym: true}\n", "  target_bits: 3.5\n"), "a rule sets bits, or skip: true");
     expect(error_of(minimal, {"quantization.target_bits=3", "quantization.bits=3"}), "set one of them");
+    expect(override_error("quantization.target_choices=4,8"), "needs quantization.target_bits");
     expect(override_error("quantization.target_bits=1.5"), "1.5 is not allowed (number from 2 to 9 | none)");
 }
 
