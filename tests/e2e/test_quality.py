@@ -95,3 +95,26 @@ def test_order_of_the_table(quantmill: Run, tmp_path: Path) -> None:
 @pytest.mark.parametrize("bits", [4, 3])
 def test_recorded_medians(figures: dict[str, Any], bits: int) -> None:
     assert median(figures, "quantmill", bits) <= PARITY * median(figures, "gptqmodel", bits)
+
+
+def recorded(row: str, bits: int) -> float:
+    """Of bench/quality.json: the median over four orders of the calibration."""
+    runs = json.loads((ROOT / "bench" / "quality.json").read_text())["runs"]
+    found = {run["order"]: run["perplexity"] for run in runs if (run["row"], run["bits"]) == (row, bits)}
+    assert sorted(found) == [0, 1, 2, 3], f"{row}, {bits} bits: {found}"
+    return statistics.median(found.values())
+
+
+def test_recorded_presets() -> None:
+    theirs = {bits: recorded("GPTQModel GAR, mse, GPTAQ", bits) for bits in (4, 3, 2)}
+    assert recorded("balanced", 4) <= theirs[4]
+    assert recorded("balanced", 3) < 0.98 * theirs[3]
+    assert recorded("balanced", 2) < 0.9 * theirs[2]
+    unquantized = json.loads((ROOT / "bench" / "quality.json").read_text())["unquantized"]
+    assert theirs[4] - recorded("best", 4) >= 0.4 * (theirs[4] - unquantized)
+    assert recorded("best", 3) < 0.8 * theirs[3]
+    assert recorded("best", 2) < 0.4 * theirs[2]
+    table = (ROOT / "docs" / "quality.md").read_text()
+    for row, name in {"best": "(`preset: best`)", "balanced": "(`preset: balanced` of an fp16 model)"}.items():
+        cells = " | ".join(f"{recorded(row, bits):.{digits}f}" for bits, digits in ((4, 2), (3, 2), (2, 0)))
+        assert f"{name} | {cells} |" in table

@@ -81,7 +81,9 @@ def random_job(choose: random.Random, family: str, directory: Path) -> tuple[Pat
         "signed_scales": sym and choose.choice([True, False]),
         "scale_rounding": choose.choice(["auto", "fp16", "bf16"]),
         "true_sequential": choose.choice([True, False]),
-        "error_propagation_alpha": choose.choice([0, 0.5]),
+        "refit": choose.choice([True, False]),
+        "sweeps": choose.choice([0, 2]),
+        "error_propagation_alpha": choose.choice([0, 0.5, 1]),
     }
     output = {
         "format": choose.choice(["gptq", "gptq_v2"]) if sym else "gptq_v2",

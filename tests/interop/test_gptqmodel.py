@@ -82,6 +82,7 @@ OPTIONS: dict[str, tuple[int, str, dict[str, Any]]] = {
     "signed scales, 3 bits": (3, "gptq", SIGNED | {"act_group_aware": True}),
     "signed scales, 2 bits": (2, "gptq_v2", SIGNED | {"desc_act": True}),
     "signed scales, 8 bits": (8, "gptq", SIGNED | {"static_groups": True}),
+    "preset best, 3 bits": (3, "gptq", {"preset": "best", "signed_scales": True}),
 }
 
 
@@ -90,7 +91,7 @@ def test_gptqmodel_takes_every_order_and_negative_scales(
     quantmill: Callable[..., Any], quantize: Quantize, tmp_path: Path, case: str
 ) -> None:
     bits, format, options = OPTIONS[case]
-    output = quantize(bits, format, preset="plain", **options)
+    output = quantize(bits, format, **{"preset": "plain"} | options)
     config = json.loads((output / "quantize_config.json").read_text())
     assert config["desc_act"] == (options.get("desc_act", False) and not options.get("static_groups", False))
     assert has_negative_scales(output) == options.get("signed_scales", False)
@@ -117,10 +118,24 @@ def test_gptqmodel_computes_what_a_gpu_s_checkpoint_holds(quantmill: Callable[..
     assert relative_error(their_logits(load(output), sequences), ours) <= 1e-4
 
 
-def test_transformers_loads_the_4_bit_checkpoint(quantize: Quantize) -> None:
+LOADED_BY_TRANSFORMERS: dict[str, tuple[int, str, dict[str, Any]]] = {
+    "4 bits": (4, "gptq", {}),
+    "4 bits, v2": (4, "gptq_v2", {}),
+    "8 bits": (8, "gptq", {}),
+    "3 bits": (3, "gptq", {}),
+    "2 bits": (2, "gptq", {}),
+    "asymmetric": (4, "gptq_v2", {"sym": False}),
+    "desc_act": (4, "gptq", {"desc_act": True}),
+    "desc_act with static groups": (4, "gptq", {"desc_act": True, "static_groups": True}),
+}
+
+
+@pytest.mark.parametrize("case", LOADED_BY_TRANSFORMERS)
+def test_transformers_loads_the_checkpoint(quantize: Quantize, case: str) -> None:
     """Its kernel for CPUs is not exact, so compare how well it predicts what the exact model holds most likely."""
-    output = quantize(4, "gptq")
-    assert has_negative_scales(output)
+    bits, format, options = LOADED_BY_TRANSFORMERS[case]
+    output = quantize(bits, format, **options)
+    assert has_negative_scales(output) == options.get("sym", True)
     sequences = random_sequences(3, 100, seed=2)
     exact = their_logits(load(output), sequences)
     loaded = AutoModelForCausalLM.from_pretrained(output, dtype=torch.float16, device_map="cpu")
