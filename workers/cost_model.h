@@ -43,7 +43,7 @@ struct Rates {
     struct Refinement {
         double solves = 0.0, trials = 0.0;
     };
-    Refinement sweep, refit;
+    Refinement sweep{}, refit{};
 
     double forward_seconds(const StageWork& work) const {  // a token
         return work.forward / forward + work.attention / attention;
